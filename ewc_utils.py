@@ -16,17 +16,20 @@ Dependencies run one way: notebook -> ewc_utils -> torch.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import math
 import os
 import signal
 import socket
 import struct
+import tempfile
 import threading
 import time
+import urllib.request
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +48,7 @@ TIMEOUT = 10.0  # seconds that a download host may stay silent
 class Task(NamedTuple):
     """One classification task, wholly in memory.
 
-    x: float32 in [0, 1], (examples, 1, 28, 28); y: int64, (examples,). ``source`` is "full data" or "bundled sample".
+    x: float32 in [0, 1], (examples, 1, 28, 28); y: int64, (examples,). ``source`` is "full data", "bundled sample" or "part of the data".
     """
 
     name: str
@@ -96,12 +99,10 @@ def load_tasks(*names, root=None):
     if unknown or not names:
         raise ValueError(f"names must be 'FashionMNIST' or 'MNIST', got {unknown or names}: pass one or both")
     makers = [getattr(datasets, name) for name in names]
-    root, source = root or os.environ.get("EWC_DATA"), "full data"
-    if root is None:
-        root = Path("data")
-        if not _download(makers, root):
-            root, source = SAMPLE, "bundled sample"
-    return [_read_task(maker, Path(root), source) for maker in makers]
+    root = root or os.environ.get("EWC_DATA")
+    if not root:
+        root = Path("data") if _download(makers, Path("data")) else SAMPLE
+    return [_read_task(maker, Path(root).expanduser()) for maker in makers]
 
 
 def _download(makers, root):
@@ -109,14 +110,14 @@ def _download(makers, root):
     for maker in makers:
         if all(path.exists() for path in _raw_files(maker, root)):
             continue
-        print(f"Downloading {maker.__name__} to {root}/ (once, about 90 MB on disk) ...", flush=True)
+        print(f"Downloading {maker.__name__} to {root}/ (once, 55 MB on disk) ...", flush=True)
         timeout = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: a silent host would hang for ever
-            with contextlib.redirect_stderr(io.StringIO()):
-                maker(root, download=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            print(f"NOTICE  {maker.__name__} could not be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}\n"
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its bars and lines
+                _fetch(maker, root)
+        except _DOWNLOAD_ERRORS as error:
+            print(f"NOTICE  {maker.__name__} could not be downloaded: {_last_line(error)}\n"
                   "NOTICE  Using the BUNDLED SAMPLE instead: 5,000 training and 1,000 test images of each task.\n"
                   "NOTICE  For the full data, set EWC_DATA to a folder with FashionMNIST/raw and MNIST/raw, or go online.")
             return False
@@ -125,17 +126,60 @@ def _download(makers, root):
     return True
 
 
+_DOWNLOAD_ERRORS = (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException)
+
+
+def _fetch(maker, root):
+    """torchvision's download, mirror by mirror, into a folder of its own: only whole files reach ``root``, whatever cuts it short."""
+    root.mkdir(parents=True, exist_ok=True)
+    errors = []
+    with tempfile.TemporaryDirectory(dir=root, prefix="unfinished-") as folder:
+        for mirror in maker.mirrors:
+            try:
+                _knock(mirror)
+                type(maker.__name__, (maker,), {"mirrors": [mirror]})(folder, download=True)
+                break
+            except _DOWNLOAD_ERRORS as error:
+                errors.append(f"{mirror}: {_last_line(error)}")
+        else:
+            raise RuntimeError("; ".join(errors))
+        for new, path in zip(_raw_files(maker, folder), _raw_files(maker, root)):
+            _check_idx(new)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new, path)
+
+
+def _knock(mirror):
+    """TimeoutError when a host stays silent for TIMEOUT in all; a socket's own time-out counts anew for each of its addresses."""
+
+    def knock():
+        with contextlib.suppress(Exception):  # any answer will do: torchvision finds out what it is worth
+            urllib.request.urlopen(mirror, timeout=2 * TIMEOUT).close()
+
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {TIMEOUT:g} s")
+
+
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
 def _raw_files(maker, root):
     stems = [f"{split}-{kind}" for split in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     return [Path(root) / maker.__name__ / "raw" / stem for stem in stems]
 
 
-def _read_task(maker, root, source):
+def _read_task(maker, root):
     """Read one data set through torchvision's own class, after its four files were found whole."""
     lengths = [_check_idx(path) for path in _raw_files(maker, root)]
     if lengths[0] != lengths[1] or lengths[2] != lengths[3]:
         raise ValueError(f"{root / maker.__name__} holds {lengths} images, labels, test images, test labels, which do not "
                          "match: delete the folder and load again")
+    full = lengths == [60_000, 60_000, 10_000, 10_000]
+    source = "full data" if full else "bundled sample" if root.resolve() == SAMPLE else "part of the data"
     tensors = []
     for train in (True, False):
         data = maker(root, train=train)
@@ -149,7 +193,7 @@ def _check_idx(path):
     """The number of items in a raw idx file; an error that names the file when it is missing or not whole."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: EWC_DATA (or root) must name a folder that holds FashionMNIST/raw and "
-                                "MNIST/raw with four *-ubyte files each; unset it to download them")
+                                "MNIST/raw with four *-ubyte files each, unpacked; unset it to download them")
     images = "images" in path.name
     with open(path, "rb") as file:
         header = file.read(16 if images else 8)
@@ -157,7 +201,7 @@ def _check_idx(path):
     size = 16 + 784 * items if images else 8 + items
     if magic != (2051 if images else 2049) or items < 1 or path.stat().st_size != size or images and header[8:] != struct.pack(">ii", 28, 28):
         raise ValueError(f"{path} is damaged: {path.stat().st_size} bytes, not the {size} its header asks for. It is not "
-                         "used: delete it, then load again to fetch a whole one")
+                         "used: delete it, then load again, without EWC_DATA or root, to fetch a whole one")
     return items
 
 
@@ -234,6 +278,7 @@ def _evaluating(model):
         model.eval()
         yield
     finally:
+        model.train(modes[0][1])  # a module's own train() may do more than set the flag, and undoes it here
         for module, training in modes:
             module.training = training
 
@@ -260,7 +305,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
                 BCEWithLogitsLoss the Bernoulli, MSELoss the Gaussian with variance 1/2, whose negative log-likelihood
                 it is. reduction="mean"; class weights, pos_weight and label smoothing are refused, for they are no
                 likelihood. Any other criterion(outputs, y) -> scalar works with labels="empirical".
-    n_samples   use only this many examples, drawn uniformly without replacement by ``seed``: cost falls in proportion.
+    n_samples   use only this many examples, drawn uniformly without replacement by ``seed``: cost falls in proportion. Per process.
     max_bytes   bound on the temporary arrays of one chunk of examples (64 MiB), above one example's own need.
 
     Returns {parameter name: tensor} for every trainable parameter: its shape and device, >= 0, in units of
@@ -275,13 +320,14 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     likelihood = _Likelihood(criterion, labels, seed)
     model, params = _unwrap(model), _checked_trainable(model)
     totals = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
-    count, routes, chunk = 0, None, 1
+    count, routes, shape, chunk = 0, None, None, 3
     with _undisturbed(model):
-        for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: chunk):
-            if routes is None:
-                routes = _choose_routes(model, params, x)
-                chunk = _chunk_size(model, params, routes, x, max_bytes)
-            for a, b in zip(x.split(chunk), y.split(chunk)):
+        for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: max(3, chunk // 2)):
+            routes = routes or _choose_routes(model, params, x)
+            if x.shape[1:] != shape:
+                shape, chunk = x.shape[1:], _chunk_size(model, params, routes, x, max_bytes)
+            even = math.ceil(len(x) / math.ceil(len(x) / chunk))  # no small rest
+            for a, b in zip(x.split(even), y.split(even)):
                 for name, squares in _squares(model, params, routes, a, b, likelihood, max_bytes).items():
                     totals[name] += squares
                 count += likelihood.n_examples(b)
@@ -289,15 +335,16 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 
 
 def fisher_routes(model, data_loader):
-    """How ``compute_fisher_information`` would cover each parameter, decided on the first batch.
+    """How ``compute_fisher_information`` would cover each parameter, decided on the first batch (joined with the next ones up to three examples).
 
     Returns {parameter name: "closed form", "torch.func" or "loop"}: one matrix product per layer; a vmapped vector-Jacobian
     product; one example at a time. Each choice was checked against autograd on examples of that batch.
     """
     model, params = _unwrap(model), _checked_trainable(model)
     with _undisturbed(model):
-        for x, _ in _batches(data_loader, params):
+        for x, _ in _merged(_batches(data_loader, params), lambda: 3):
             return _choose_routes(model, params, x)
+    raise ValueError("data_loader gave 0 examples to choose the routes by: it is empty or used up")
 
 
 class _Likelihood:
@@ -307,7 +354,7 @@ class _Likelihood:
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {labels!r}: 'exact' is the Fisher itself")
         self.criterion = criterion = _FUNCTIONS.get(criterion, lambda: criterion)() if callable(criterion) else criterion
-        self.family, self.labels, self.seed, self.generator = _FAMILIES.get(type(criterion)), labels, seed, None
+        self.family, self.labels, self.seed, self.generators = _FAMILIES.get(type(criterion)), labels, seed, {}
         _check_criterion(criterion)
         refused = [name for name in ("weight", "pos_weight", "label_smoothing")
                    if self.family and (torch.is_tensor(value := getattr(criterion, name, None)) or value)]
@@ -318,8 +365,8 @@ class _Likelihood:
             raise ValueError(f"labels={labels!r} needs the model's distribution, which criterion {criterion!r} does not name: use "
                              "CrossEntropyLoss, BCEWithLogitsLoss or MSELoss, or labels='empirical'")
 
-    def directions(self, z, y):
-        """Yield tensors v like z. Exact: v v^T summed is E_y[s s^T], the covariance of the score s = d log p / dz."""
+    def directions(self, z, y, route=None):
+        """Yield tensors v like z; every route draws the same labels. Exact: v v^T summed is E_y[s s^T], the covariance of the score s = d log p / dz."""
         if self.family is None:
             rows = z.detach().requires_grad_()
             with torch.enable_grad():
@@ -328,8 +375,8 @@ class _Likelihood:
                 yield torch.autograd.grad(sum(losses), rows)[0]
             return
         wide = z.detach().to(_wide(z.dtype))
-        if self.labels == "sampled" and self.generator is None:
-            self.generator = torch.Generator(z.device).manual_seed(self.seed)
+        if self.labels == "sampled":
+            self.generator = self.generators.setdefault(route, torch.Generator(z.device).manual_seed(self.seed + 10007 * _rank()))
         for v in {"categorical": self._categorical, "Bernoulli": self._bernoulli, "Gaussian": self._gaussian}[self.family](wide, y):
             yield v.to(z.dtype).view_as(z)
 
@@ -340,15 +387,19 @@ class _Likelihood:
         if self.labels != "exact":
             if self.labels == "sampled":
                 rows = p.transpose(1, 2).reshape(-1, n_classes)
-                y = torch.multinomial(rows, 1, generator=self.generator).view(n, n_positions)
+                y = torch.searchsorted(rows.cumsum(1), self._uniform(rows[:, :1])).clamp_(max=n_classes - 1).view(n, n_positions)
             else:
-                y = y.where(kept > 0, 0)
+                y = y.where(kept > 0, 0).long()
             yield (F.one_hot(y, n_classes).transpose(1, 2) - p) * kept.unsqueeze(1)
             return
-        weight, unit = p.sqrt() * kept.unsqueeze(1), torch.eye(n_classes, dtype=p.dtype, device=p.device)
-        for t in range(n_positions):
-            for some in torch.arange(n_classes, device=p.device).split(8):  # sqrt(p_c) (e_c - p), at one position at a time
-                vs = (unit[some].unsqueeze(1) - p[:, :, t]) * weight[:, some, t].T.unsqueeze(2)
+        if n_classes == 1:
+            yield torch.zeros_like(p)
+        q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # q_c: the probability of class c or a later one
+        weight, classes = (p[:, :-1] / q[:, :-1] * q[:, 1:]).sqrt() * kept.unsqueeze(1), torch.arange(n_classes, device=p.device)
+        for t in range(n_positions):  # class c against the later ones, at one position at a time: C - 1 directions are enough
+            for some in classes[:-1].split(8):
+                later = (classes > some.unsqueeze(1)).unsqueeze(1) * p[:, :, t] / q[:, some + 1, t].T.unsqueeze(2)
+                vs = (F.one_hot(some, n_classes).unsqueeze(1) - later) * weight[:, some, t].T.unsqueeze(2)
                 yield from vs if n_positions == 1 else F.pad(vs.unsqueeze(3), (t, n_positions - 1 - t))
 
     def _bernoulli(self, z, y):
@@ -356,22 +407,28 @@ class _Likelihood:
         if self.labels == "exact":
             yield from _one_at_a_time((p * (1 - p)).sqrt())
         else:
-            yield (torch.bernoulli(p, generator=self.generator) if self.labels == "sampled" else y) - p
+            yield ((self._uniform(p) < p).to(p.dtype) if self.labels == "sampled" else y) - p
 
     def _gaussian(self, z, y):
         root = math.sqrt(2)  # log p = -(z - y)^2: variance 1/2, and the score 2 (y - z) has variance 2
         if self.labels == "exact":
             yield from _one_at_a_time(torch.full_like(z, root))
         elif self.labels == "sampled":
-            yield root * torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=self.generator)
+            yield 2 * (2 * self._uniform(z) - 1).clamp_(min=-1 + 2**-24).erfinv()  # 2 (y - z) = sqrt(2) times a standard normal
         else:
             yield 2 * (y - z)
 
+    def counted(self, y):
+        """Which examples count: all, less those in which every position is ignored."""
+        kept = y != self.criterion.ignore_index if self.family == "categorical" else torch.ones(len(y), dtype=torch.bool, device=y.device)
+        return kept.reshape(len(y), -1).any(1)
+
+    def _uniform(self, like):
+        """Numbers in [0, 1), drawn one after the other, so that they do not depend on the cut into chunks (on the CPU)."""
+        return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=self.generator)
+
     def n_examples(self, y):
-        """Examples that count: all, less those in which every position is ignored."""
-        if self.family != "categorical":
-            return len(y)
-        return int((y.reshape(len(y), -1) != self.criterion.ignore_index).any(1).sum())
+        return int(self.counted(y).sum())
 
 
 def _one_at_a_time(values):
@@ -386,12 +443,15 @@ def _one_at_a_time(values):
 def _choose_routes(model, params, x):
     """The fastest route for each parameter that agrees with autograd, one example at a time, on up to three examples."""
     x = x[:3]
-    with torch.no_grad():
-        z = _logits(model(x))
-        alone = torch.cat([_logits(model(row)) for row in x.split(1)])
+    with torch.enable_grad():
+        z, *alone = [torch.atleast_1d(_logits(model(rows))) for rows in (x, *x.split(1))]
     _check_finite_output(z, x)
-    loose = z.dtype in (torch.bfloat16, torch.float16)
-    if z.shape != alone.shape or not torch.allclose(z, alone, rtol=0.1 if loose else 1e-3, atol=0.1 if loose else 1e-4):
+    if not z.requires_grad:
+        raise ValueError("the model's outputs do not depend on any trainable parameter: let forward compute its outputs with gradients, "
+                         "and set requires_grad_(True) on parameters that it uses")
+    z, alone = z.detach(), torch.cat(alone).detach()
+    tolerance = torch.finfo(z.dtype).eps ** 0.5  # far above rounding, far below what another formula gives
+    if z.shape != alone.shape or len(z) != len(x) or not (z - alone).abs().max() <= tolerance * z.abs().max():
         raise ValueError(f"model gives a batch of {len(x)} other outputs, {tuple(z.shape)}, than its examples alone, {tuple(alone.shape)}: "
                          "the batch must come first, and no example may see another (BatchNorm needs running statistics)")
     probe = [torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)]
@@ -402,7 +462,7 @@ def _choose_routes(model, params, x):
             warnings.simplefilter("ignore")
             for name, found in squares(model, params, x, lambda z: probe).items():
                 error = (found - truth[name]).abs().max()
-                if error <= (0.1 if loose else 1e-3) * truth[name].abs().max():
+                if error <= tolerance * truth[name].abs().max():
                     routes[name] = route
     return routes
 
@@ -412,17 +472,18 @@ def _squares(model, params, routes, x, y, likelihood, max_bytes):
     def directions(z):
         _check_finite_output(z, x)
         _check_labels(likelihood.criterion, z, y)
-        return likelihood.directions(z, y)
+        return likelihood.directions(z, y, route)
 
     found = {}
-    for route in set(routes.values()):
+    for route in dict.fromkeys(routes.values()):
         own = {name: p for name, p in params.items() if routes[name] == route}
         if route == "closed form":
             found.update(_squares_by_closed_form(model, own, x, directions))
         elif route == "torch.func":
             found.update(_squares_by_func(model, own, x, directions, max_bytes))
-        else:
-            found.update(_squares_by_loop(model, own, x, directions))
+        left = {name: p for name, p in own.items() if name not in found}  # or where a layer saw only some of these examples
+        if left:
+            found.update(_squares_by_loop(model, left, x, directions))
     return found
 
 
@@ -435,6 +496,8 @@ def _squares_by_loop(model, params, x, directions):
         alone = [_logits(model(row)) for row in x.split(1)]
     for v in directions(z):
         for n, z_n in enumerate(alone):
+            if not z_n.requires_grad:
+                continue
             grads = torch.autograd.grad(z_n, list(params.values()), v[n:n + 1], retain_graph=True, allow_unused=True)
             for total, g in zip(totals.values(), grads):
                 if g is not None:
@@ -455,10 +518,12 @@ def _squares_by_func(model, params, x, directions, max_bytes=2**26):
     with torch.no_grad():
         z = _logits(model(x))
     totals = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
-    at_once = max(1, max_bytes // (12 * len(x) * sum(p.numel() for p in params.values())))
-    for vs in _groups(directions(z), at_once):
-        for name, squares in vmap(one, in_dims=(0, 1))(x, torch.stack(vs)).items():
-            totals[name] += squares.sum(0)
+    at_once = max(1, max_bytes // (12 * len(x) * (sum(p.numel() for p in params.values()) + _activations(model, x[:1]))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap's word on its own state
+        for vs in _groups(directions(z), at_once):
+            for name, squares in vmap(one, in_dims=(0, 1))(x, torch.stack(vs)).items():
+                totals[name] += squares.sum(0)
     return totals
 
 
@@ -474,6 +539,7 @@ def _squares_by_closed_form(model, params, x, directions):
         grads = iter([zero if g is None else g.to(_wide(g.dtype)) for g, zero in zip(grads, zeros)])
         for layer, rule in rules.items():
             rule.add([next(grads) for _ in calls[layer]])
+        del grads  # its memory, still in the cache, serves the next direction
     return {layers[layer][own]: total for layer, rule in rules.items()
             for own, total in rule.totals().items() if own in layers[layer]}
 
@@ -487,10 +553,13 @@ class _Call(NamedTuple):
 
 
 def _forward_recorded(model, layers, x):
-    """Logits, and {layer: its calls} for the layers that saw the examples in their first dimension."""
+    """Logits, and {layer: its calls} for the layers that saw the examples in their first dimension, and whose parameters
+    the graph uses nowhere else (as ``F.linear(x, layer.weight)`` would)."""
     calls = {}
 
     def record(layer, args, output):
+        if not output.requires_grad:  # used under torch.no_grad
+            return
         a = args[0].detach()
         zeros = torch.zeros((), dtype=_wide(output.dtype), device=output.device).expand(output.shape)
         calls.setdefault(layer, []).append(_Call(a if a.dtype == torch.long else a.to(_wide(a.dtype)), get_gradient_edge(output), zeros))
@@ -502,7 +571,22 @@ def _forward_recorded(model, layers, x):
     finally:
         for hook in hooks:
             hook.remove()
-    return z, {layer: used for layer, used in calls.items() if all(len(call.input) == len(x) for call in used)}
+    uses = _uses(z)
+    return z, {layer: used for layer, used in calls.items() if all(len(call.input) == len(x) for call in used)
+               and all(uses.get(layer._parameters[own], 0) <= len(used) for own in layers[layer])}
+
+
+def _uses(z):
+    """{parameter: how many operations of the graph that ends in z take it}."""
+    counts, seen, nodes = {}, set(), [z.grad_fn]
+    while nodes:
+        for node, _ in getattr(nodes.pop(), "next_functions", ()):
+            if hasattr(node, "variable"):
+                counts[node.variable] = counts.get(node.variable, 0) + 1
+            elif node not in seen:
+                seen.add(node)
+                nodes.append(node)
+    return counts
 
 
 def _owned(model, params):
@@ -583,7 +667,8 @@ class _ScaleRule(_Rule):
     """Normalisation layers: weight * a_hat + bias, element by element; a_hat is the layer's output at weight 1, bias 0."""
 
     def prepare(self, inputs):
-        plain = {own: torch.full_like(p, own == "weight") for own, p in self.layer.named_parameters()}
+        plain = {own: torch.full_like(p, own == "weight", dtype=inputs[0].dtype) for own, p in self.layer.named_parameters()}
+        plain |= {own: b.to(inputs[0].dtype) for own, b in self.layer.named_buffers()}
         with torch.no_grad():
             self.a = [functional_call(self.layer, plain, (a,)) for a in inputs]
         self.elements = 4 * sum(a[0].numel() for a in self.a)
@@ -632,8 +717,22 @@ def _chunk_size(model, params, routes, x, max_bytes):
     closed = {name: p for name, p in params.items() if routes[name] == "closed form"}
     _, calls = _forward_recorded(model, _owned(model, closed), x[:1])
     elements = sum(_rule(layer, used).elements for layer, used in calls.items())
-    elements += 3 * sum(p.numel() for name, p in params.items() if name not in closed)
+    kept, others = _activations(model, x[:1]), sum(p.numel() for name, p in params.items() if name not in closed)
+    elements = max(elements, 2 * kept) + (3 * (others + kept) if others else 0)
     return max(1, min(2000, max_bytes // (4 * max(1, elements))))
+
+
+def _activations(model, x):
+    """Elements that autograd keeps of a forward pass over x, the model's own tensors apart."""
+    own, kept = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}, {}
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x)
+    return sum(numel for place, numel in kept.items() if place not in own)
 
 
 def _wide(dtype):
@@ -656,6 +755,11 @@ def _groups(items, size):
             group = []
     if group:
         yield group
+
+
+def _rank():
+    """This process's number under torch.distributed, else 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
 
 
 def _mean_over_processes(totals, count):
@@ -681,6 +785,8 @@ def _batches(data_loader, params, n_samples=None, seed=0, argument="data_loader"
         raise ValueError(f"n_samples must be a whole number of at least 1, got {n_samples!r}: None means all examples")
     if n_samples is not None:
         data_loader = _drawn(_batches(data_loader, params), n_samples, seed)
+    if not hasattr(data_loader, "__iter__") and not hasattr(data_loader, "__getitem__"):
+        raise TypeError(f"{argument} must be an iterable of (x, y) batches, got {_kind(data_loader)}: pass a DataLoader or a list of batches")
     device = next(iter(params.values())).device
     for batch in data_loader:
         if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(map(torch.is_tensor, batch))) or batch[0].dim() == 0:
@@ -729,19 +835,22 @@ def _kind(thing):
 @contextlib.contextmanager
 def _undisturbed(model):
     """Evaluation mode inside; modes, buffers and random state as they were outside, whatever happens."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(module, name, b, b.clone()) for module in model.modules() for name, b in module._buffers.items() if b is not None]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN has no backward in evaluation mode
-    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(enabled=not recurrent), _evaluating(model):
+    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False), _evaluating(model):
         try:
             yield
         finally:
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer  # forward may have put another tensor in its place
                 if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+                    buffer.data.copy_(before)
 
 
 def _checked_trainable(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}: pass the network itself")
     params = _trainable(model)
     if not params:
         raise ValueError("model has 0 trainable parameters: set requires_grad_(True) on those the penalty is to cover")
@@ -804,7 +913,8 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     terms = []
     for p, fisher, anchor in springs:
         d = p - anchor
-        terms.append(torch.dot((d * fisher).flatten(), d.flatten()))
+        pull = d * fisher  # in the wider type of the two: the Fisher of a bfloat16 model is float32
+        terms.append(torch.dot(pull.flatten(), d.to(pull.dtype).flatten()))
     return 0.5 * lambda_ewc * torch.stack(terms).sum()
 
 
@@ -815,7 +925,8 @@ def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
     known = {name for name, _ in (*_unwrap(model).named_parameters(), *_unwrap(model).named_buffers())}
     for argument, given in (("fisher_dict", fisher_dict), ("optimal_params", optimal_params)):
         if not isinstance(given, Mapping):
-            raise TypeError(f"{argument} must be a mapping from parameter names to tensors, got {_kind(given)}")
+            raise TypeError(f"{argument} must be a mapping from parameter names to tensors, got {_kind(given)}: take it from "
+                            f"{'compute_fisher_information' if argument == 'fisher_dict' else 'take_anchor'}")
         missing, extra = sorted(set(params) - set(given)), sorted(set(given) - known)
         if missing or extra and parameters is None:
             raise ValueError(f"{argument} does not fit the model: missing {missing}, unknown {extra}. Take it from this model, or "
@@ -855,8 +966,9 @@ def _check_like(argument, name, value, p):
     key = (argument, id(value), value._version)
     if _FOUND_GOOD.get(key) is value:
         return
-    if not torch.isfinite(value).all() or argument == "fisher_dict" and (value < 0).any():
-        bad = value[~torch.isfinite(value) | (value < 0)].flatten()[0].item()
+    wrong = ~torch.isfinite(value) | (value < 0) if argument == "fisher_dict" else ~torch.isfinite(value)
+    if wrong.any():
+        bad = value[wrong][0].item()
         wanted = "finite and at least 0" if argument == "fisher_dict" else "finite"
         raise ValueError(f"{argument}[{name!r}] holds {bad}, every entry must be {wanted}: compute it anew from finite weights and data")
     _FOUND_GOOD[key] = value
@@ -876,7 +988,8 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     penalty         "explicit" adds lambda_ewc F (theta - theta*) to the gradient, as the textbook has it. With SGD that is
                     stable only while lr * lambda_ewc * max F < 2 (1 + momentum); a warning says so beforehand.
                     "implicit" takes the optimizer's step on L_B, then theta <- theta* + (theta - theta*) / (1 + lr lambda_ewc F),
-                    the penalty's proximal step: stable for every lambda_ewc, and no optimizer rescales it.
+                    the penalty's proximal step: stable for every lambda_ewc, and no optimizer rescales it. With momentum, lr / (1 -
+                    momentum) stands for lr: so far a gradient carries in the end, and both forms have one minimum.
     every           implicit only: pull once in so many steps, with their learning rates summed.
     scheduler       a torch learning-rate scheduler, stepped after every batch.
     callback        called as callback(step, model) before the first step, after the last, and every ``callback_steps`` steps,
@@ -886,7 +999,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     weights of the last whole step. Raises ValueError or TypeError before the first step; FloatingPointError when the loss or
     a weight turns non-finite, with the weights put back to where they started.
     """
-    _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every)
+    _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every, callback_steps)
     springs = _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, parameters)
     if penalty == "explicit":
         _warn_if_unstable(optimizer, springs)
@@ -899,7 +1012,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 called = _call(callback, callback_steps, called, step, model)
                 value = _loss_and_gradients(model, criterion, optimizer, x, y)
                 if not math.isfinite(value):
-                    _give_up(before, step, springs)
+                    _give_up(before, step, springs, x)
                 with _uninterrupted():
                     step += 1
                     _one_step(optimizer, scheduler, springs, penalty, step % every == 0)
@@ -908,7 +1021,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 raise ValueError("train_loader gave 0 batches: it is empty, or an iterator that is used up; pass a loader")
             springs.pull()
             if not all(torch.isfinite(p).all() for p in model.parameters()):
-                _give_up(before, step, springs)
+                _give_up(before, step, springs, x)
             losses.append(total / (step - start))
         _call(callback, {step}, called, step, model)
     return losses
@@ -918,6 +1031,8 @@ def _loss_and_gradients(model, criterion, optimizer, x, y):
     """L_B of one batch; its gradients are then in ``.grad``."""
     optimizer.zero_grad(set_to_none=True)
     z = _logits(model(x))
+    if isinstance(criterion, (nn.MSELoss, nn.BCEWithLogitsLoss)):
+        _check_labels(criterion, z, y)  # these would broadcast, or go below 0, without an error
     try:
         loss = criterion(z, y)
     except (IndexError, RuntimeError, ValueError):
@@ -957,7 +1072,7 @@ def _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, paramete
         return _Springs([], 0, optimizer)
     kronecker = isinstance(fisher_dict, Mapping) and fisher_dict and all(isinstance(f, tuple) for f in fisher_dict.values())
     if kronecker:
-        parts = _matched_layers(model, fisher_dict, optimal_params)
+        parts = _matched_layers(model, fisher_dict, optimal_params, parameters)
         return (_KroneckerSprings if lambda_ewc else _Springs)(parts if lambda_ewc else [], lambda_ewc, optimizer)
     parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
     return _Springs(parts if lambda_ewc else [], lambda_ewc, optimizer)
@@ -967,7 +1082,7 @@ class _Springs:
     """One spring per weight, fused over all parameters; autograd is not involved."""
 
     def __init__(self, parts, lambda_ewc, optimizer):
-        self.lambda_ewc, self.pulls = lambda_ewc, {}
+        self.lambda_ewc = lambda_ewc
         self.params = [p for p, _, _ in parts]
         self.fishers = [fisher.to(p.dtype) for p, fisher, _ in parts]
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
@@ -983,19 +1098,21 @@ class _Springs:
         """grad += lambda_ewc F (theta - theta*)"""
         if self.params:
             for p in self.params:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
             ds = torch._foreach_sub(self.params, self.anchors)
             torch._foreach_addcmul_([p.grad for p in self.params], self.fishers, ds, value=self.lambda_ewc)
 
     def wait(self):
-        """Note the learning rates of a step whose pull is to come."""
-        self.rates = [rate + float(group["lr"]) for rate, group in zip(self.rates, self.groups)]
+        """Note the rates of a step whose pull is to come."""
+        self.rates = [rate + _rate(group) for rate, group in zip(self.rates, self.groups)]
 
     def pull(self):
         """theta <- theta* + (theta - theta*) / (1 + r), r = lr lambda_ewc F: the way r / (1 + r) towards theta*."""
         if any(self.rates):
-            rates = torch._foreach_mul(self.fishers, [rate * self.lambda_ewc for rate in self.rates])
-            torch._foreach_div_(rates, torch._foreach_add(rates, 1))
+            rates = torch._foreach_mul(self.fishers, [min(rate * self.lambda_ewc, 1e38) for rate in self.rates])
+            torch._foreach_reciprocal_(rates)  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
+            torch._foreach_add_(rates, 1)
+            torch._foreach_reciprocal_(rates)
             with torch.no_grad():
                 torch._foreach_lerp_(self.params, self.anchors, rates)
             self.rates = [0.0] * len(self.rates)
@@ -1005,13 +1122,16 @@ class _KroneckerSprings:
     """One spring matrix per linear layer: penalty lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor."""
 
     def __init__(self, parts, lambda_ewc, optimizer):
-        self.lambda_ewc, self.parts, self.rate, self.group = lambda_ewc, [], 0.0, optimizer.param_groups[0]
+        self.lambda_ewc, self.parts, self.rates = lambda_ewc, [], [0.0] * len(parts)
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self.groups = [group_of[params[0]] for params, _, _ in parts]
         for params, anchors, (a, g) in parts:
             eigen = [tuple(part.to(a.dtype) for part in torch.linalg.eigh(factor.double())) for factor in (a, g)]
             self.parts.append((params, _side_by_side(anchors), a, g, *eigen))
 
     def max_rate(self):
-        return max(self.group["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item() for *_, (ea, _), (eg, _) in self.parts)
+        return max(group["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item()
+                   for group, (*_, (ea, _), (eg, _)) in zip(self.groups, self.parts))
 
     def add_gradients(self):
         """grad += lambda_ewc G D A"""
@@ -1021,19 +1141,19 @@ class _KroneckerSprings:
                 p.grad = part.clone() if p.grad is None else p.grad.add_(part)
 
     def wait(self):
-        self.rate += float(self.group["lr"])
+        self.rates = [rate + _rate(group) for rate, group in zip(self.rates, self.groups)]
 
     @torch.no_grad()
     def pull(self):
         """The same proximal step, element by element in the basis of the eigenvectors of A and G."""
-        if self.rate:
-            for params, anchor, _, _, (ea, qa), (eg, qg) in self.parts:
+        if any(self.rates):
+            for rate, (params, anchor, _, _, (ea, qa), (eg, qg)) in zip(self.rates, self.parts):
                 d = qg.T @ (_side_by_side(params) - anchor) @ qa
-                d /= 1 + self.rate * self.lambda_ewc * torch.outer(eg, ea).clamp_(min=0)
+                d /= 1 + min(rate * self.lambda_ewc, 1e38) * torch.outer(eg, ea).clamp_(min=0)
                 moved = anchor + qg @ d @ qa.T
                 for p, part in zip(params, (moved[:, :params[0].shape[1]], moved[:, -1])):
                     p.copy_(part)
-            self.rate = 0.0
+            self.rates = [0.0] * len(self.rates)
 
 
 def _side_by_side(params):
@@ -1041,34 +1161,45 @@ def _side_by_side(params):
     return torch.cat([p.detach().reshape(len(p), -1) for p in params], 1)
 
 
+def _rate(group):
+    """How far the optimizer goes against a constant gradient of 1 in one step: momentum makes it 1 / (1 - momentum) times lr."""
+    momentum = group.get("momentum", 0)
+    return float(group["lr"]) * (1 - group.get("dampening", 0) if momentum else 1) / (1 - momentum)
+
+
 def _warn_if_unstable(optimizer, springs):
     if not isinstance(optimizer, torch.optim.SGD):
         return
-    rate, limit = springs.max_rate(), 2 * (1 + optimizer.param_groups[0]["momentum"])
+    momentum, nesterov = (optimizer.param_groups[0][key] for key in ("momentum", "nesterov"))
+    rate, limit = springs.max_rate(), 2 * (1 + momentum) / (1 + 2 * momentum * nesterov)
     if rate > limit:
         warnings.warn(f"lr * lambda_ewc * max F = {rate:.3g} is above {limit:.3g}: the explicit step will overshoot and diverge. Use "
                       f"penalty='implicit', or a learning rate {rate / limit:.2g} times smaller", stacklevel=3)
 
 
-def _give_up(before, step, springs):
+def _give_up(before, step, springs, x):
     with torch.no_grad():
         for t, value in before:
             t.copy_(value)
+    remedy = ("Use penalty='implicit' or a smaller learning rate, and a new optimizer" if torch.isfinite(x).all() else
+              "train_loader gave inputs x with NaN or infinite values: clean the data")
     raise FloatingPointError(f"training turned non-finite at step {step} (lambda_ewc={springs.lambda_ewc}); the weights are back where they "
-                             "started. Use penalty='implicit' or a smaller learning rate, and a new optimizer; check the data for NaN")
+                             f"started. {remedy}")
 
 
-def _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every):
+def _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every, callback_steps):
     _check_criterion(criterion)
     params = _checked_trainable(model)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
-    if epochs > 1 and iter(train_loader) is train_loader:
+    if epochs > 1 and isinstance(train_loader, Iterator):  # iter(train_loader) would draw from the random state
         raise ValueError(f"train_loader is an iterator ({_kind(train_loader)}), used up after 1 of {epochs} epochs: pass a list or a loader")
     if penalty not in ("explicit", "implicit"):
         raise ValueError(f"penalty must be 'explicit' or 'implicit', got {penalty!r}")
     if not isinstance(every, int) or every < 1 or every > 1 and penalty == "explicit":
         raise ValueError(f"every must be a whole number of at least 1, and 1 with penalty='explicit', got {every!r}")
+    if isinstance(callback_steps, int) and callback_steps < 1:
+        raise ValueError(f"callback_steps must be at least 1, or a collection of steps, got {callback_steps!r}")
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     lost = sorted(name for name, p in params.items() if p not in owned)
     if lost:
@@ -1110,8 +1241,8 @@ def _uninterrupted():
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-        if held and callable(previous):
-            previous(*held[0])
+        if held:
+            signal.raise_signal(signal.SIGINT)  # whatever its handler is, the system's own too
 
 
 # ---------------------------------------------------------------- many tasks
@@ -1156,10 +1287,12 @@ class EWC:
     def _check(self, names, fisher_dict, optimal_params, weight, strict):
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be a finite number above 0, got {weight!r}")
-        for argument, given in (("fisher_dict", fisher_dict), ("optimal_params", optimal_params)):
+        arguments = (("fisher_dict", fisher_dict), ("optimal_params", optimal_params))
+        for argument, given in arguments:
             missing = sorted(set(names) - set(given))
             if missing:
                 raise ValueError(f"{argument} lacks {missing}: name what to keep with parameters=[...]")
+        for argument, given in arguments:
             for name in names:
                 _check_like(argument, name, given[name], self.anchor.get(name, optimal_params[name]))
         changed = sorted(set(names) ^ set(self.fisher)) if strict and self.fisher else []
@@ -1213,7 +1346,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", n
 
 
 def _add_factors(model, layers, likelihood, x, y, sums):
-    z, calls = _forward_recorded(model, layers, x)
+    z, calls = _forward_recorded(model, {layer: dict(layer.named_parameters()) for layer in layers}, x)
     _check_finite_output(z, x)
     _check_labels(likelihood.criterion, z, y)
     bad = [name for layer, name in layers.items() if len(calls.get(layer, [])) != 1 or calls[layer][0].input.dim() != 2]
@@ -1224,26 +1357,32 @@ def _add_factors(model, layers, likelihood, x, y, sums):
         for name, g in zip(layers.values(), torch.autograd.grad(z, edges, v, retain_graph=True)):
             sums[name, "G"] = sums.get((name, "G"), 0) + g.T @ g
     for layer, name in layers.items():
-        a = calls[layer][0].input
+        a = calls[layer][0].input[likelihood.counted(y)]
         a = a if layer.bias is None else F.pad(a, (0, 1), value=1.0)
         sums[name, "A"] = sums.get((name, "A"), 0) + a.T @ a
 
 
-def _matched_layers(model, factors, optimal_params):
-    """[((weight, bias), their anchors, (A, G))] of every layer in a Kronecker-factored Fisher."""
-    params, parts = _trainable(model), []
+def _matched_layers(model, factors, optimal_params, parameters):
+    """[((weight, bias), their anchors, (A, G))] of every layer of a Kronecker-factored Fisher that the penalty covers."""
+    params, parts, left = _trainable(model), [], set(_covered(model, parameters))
     modules = dict(_unwrap(model).named_modules())
     for layer, (a, g) in factors.items():
         names = [f"{layer}.{own}" for own, _ in modules[layer].named_parameters()] if layer in modules else []
         missing = [name for name in names or [layer] if name not in params or name not in (optimal_params or {})]
         if missing:
-            raise ValueError(f"fisher_dict has layer {layer!r}, but {missing} are not in both the model and optimal_params")
+            raise ValueError(f"fisher_dict has layer {layer!r}, but {missing} are not in both the model and optimal_params: take both "
+                             "from this model")
+        if parameters is not None and left.isdisjoint(names):
+            continue
         for name in names:
             _check_like("optimal_params", name, optimal_params[name], params[name])
         weight = params[names[0]]
         _check_like("Kronecker fisher_dict", f"{layer}, A", a, weight.new_empty(1, 1).expand(2 * (weight.shape[1] + len(names) - 1,)))
         _check_like("Kronecker fisher_dict", f"{layer}, G", g, weight.new_empty(1, 1).expand(2 * (weight.shape[0],)))
         parts.append(([params[name] for name in names], [optimal_params[name] for name in names], (a, g)))
+        left = left.symmetric_difference(names)  # a layer of which only a part is to be covered leaves the other part
+    if left:
+        raise ValueError(f"fisher_dict has no whole layer for {sorted(left)}: name with parameters=[...] whole layers that it has")
     return parts
 
 
@@ -1256,8 +1395,9 @@ def nearest_kronecker_sum(first, second):
     result = {}
     for layer in first:
         sides = [list(pair) for pair in zip(first[layer], second[layer])]  # [A1, A2], [G1, G2]
-        gram_a, gram_g = (torch.tensor([[(m * k).sum().item() for k in side] for m in side]) for side in sides)
-        in_a = in_g = torch.ones(2)
+        gram_a, gram_g = (torch.tensor([[(m.double() * k.double()).sum().item() for k in side] for m in side],
+                                       dtype=torch.float64) for side in sides)  # squares of small factors leave float32
+        in_a = in_g = torch.ones(2, dtype=torch.float64)
         for _ in range(50):  # each is the least-squares answer to the other
             in_a = gram_g @ in_g / (in_g @ gram_g @ in_g)
             in_g = gram_a @ in_a / (in_a @ gram_a @ in_a)

@@ -1,0 +1,147 @@
+"""The main notebook as a file: what a reader meets on the web page and in a fresh checkout, before any cell is run."""
+
+import re
+import statistics
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "Elastic_Weight_Consolidation.ipynb"
+WORKED = ROOT / "tests" / "worked_examples.ipynb"
+BOTH = pytest.mark.parametrize("path", [NOTEBOOK, WORKED], ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def lines(cell):
+    return cell.source.splitlines()
+
+
+def text_of(output):
+    """The text of a stored output, whatever its kind."""
+    text = output.get("text") or output.get("data", {}).get("text/plain", "")
+    return text if isinstance(text, str) else "".join(text)
+
+
+def is_figure(cell):
+    return any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {}))
+
+
+def cells_of_table(text):
+    """The rows of a markdown table as lists of cells, without the rule under the header."""
+    rows = [[entry.strip() for entry in line.strip().strip("|").split("|")]
+            for line in text.splitlines() if line.strip().startswith("|")]
+    return [row for row in rows if not all(re.fullmatch(r":?-+:?", entry) for entry in row)]
+
+
+@BOTH
+def test_is_a_valid_notebook_that_any_machine_can_open(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "widgets" not in notebook.metadata  # GitHub does not show a file with widgets that lack their state
+
+
+@BOTH
+def test_was_executed_from_top_to_bottom_in_one_fresh_run(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1)) and counts
+
+
+@BOTH
+def test_no_cell_is_empty(path):
+    assert [i for i, cell in enumerate(read(path).cells) if not cell.source.strip()] == []
+
+
+@BOTH
+def test_stores_no_error_and_nothing_from_stderr(path):
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", cell.source
+
+
+@BOTH
+def test_stores_no_times_of_execution(path):
+    assert [cell.source for cell in read(path).cells if "execution" in cell.metadata] == []
+
+
+@BOTH
+def test_names_no_folder_of_one_machine(path):
+    """A path of two or more folders from the root of a disk; addresses on the web are left out."""
+    text = re.sub(r"\w+://\S+", "", "\n".join(
+        part for cell in read(path).cells
+        for part in (cell.source, *(text_of(output) for output in cell.get("outputs", [])))))
+    found = re.findall(r"(?<![\w.)}\]/])/\w[\w.-]*/\w\S*|\b[A-Z]:\\\w\S*", text)
+    assert found == []
+
+
+def test_is_smaller_than_two_megabytes():
+    assert NOTEBOOK.stat().st_size < 2_000_000
+
+
+@BOTH
+def test_never_more_than_two_code_cells_in_a_row(path):
+    kinds = "".join("c" if cell.cell_type == "code" else "t" for cell in read(path).cells)
+    assert "ccc" not in kinds and kinds.startswith("t") and kinds.endswith("t")
+
+
+@BOTH
+def test_code_cells_are_short_enough_to_read(path):
+    lengths = [len(lines(cell)) for cell in code_cells(path)]
+    assert max(lengths) <= 20
+    assert statistics.median(lengths) <= 6
+    assert sum(length <= 12 for length in lengths) >= 0.9 * len(lengths)
+
+
+@BOTH
+def test_code_is_at_most_79_columns_wide(path):
+    assert [line for cell in code_cells(path) for line in lines(cell) if len(line) > 79] == []
+
+
+def test_every_figure_stands_between_two_texts():
+    cells = read(NOTEBOOK).cells
+    figures = [i for i, cell in enumerate(cells) if cell.cell_type == "code" and is_figure(cell)]
+    assert figures
+    for i in figures:
+        before = [cell.cell_type for cell in cells[max(i - 2, 0):i]]
+        assert "markdown" in before and cells[i + 1].cell_type == "markdown", cells[i].source
+
+
+def test_every_image_is_a_png():
+    """SVG figures are text that changes from run to run."""
+    kinds = {kind for cell in code_cells(NOTEBOOK) for output in cell.outputs for kind in output.get("data", {})}
+    assert {kind for kind in kinds if kind.startswith("image/")} == {"image/png"}
+
+
+@BOTH
+def test_inline_equations_survive_markdown(path):
+    """In $...$ a star is read as emphasis, a bar as a table, a < as a tag; a heading shows the source of its equation."""
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            prose = re.sub(r"```.*?```|`[^`]*`|\$\$.*?\$\$", "", cell.source, flags=re.S)
+            assert [eq for eq in re.findall(r"\$([^$\n]+)\$", prose) if re.search(r"[*<|]", eq)] == []
+            assert [line for line in lines(cell) if line.startswith("#") and "$" in line] == []
+
+
+def test_the_readme_shows_the_results_that_the_notebook_printed():
+    tagged = [cell for cell in code_cells(NOTEBOOK) if "results" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1, "exactly one cell of the notebook carries the tag 'results'"
+    printed = cells_of_table("\n".join(text_of(output) for output in tagged[0].outputs))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- results -->(.*?)<!-- /results -->", readme, re.S)
+    assert len(shown) == 1, "README.md holds one table between <!-- results --> and <!-- /results -->"
+    assert len(printed) >= 3 and len({len(row) for row in printed}) == 1
+    assert cells_of_table(shown[0]) == printed
+
+
+def test_the_stored_results_come_from_the_full_data():
+    outputs = "\n".join(text_of(output) for cell in code_cells(NOTEBOOK) for output in cell.outputs)
+    assert "full data" in outputs and "bundled sample" not in outputs
