@@ -1403,3 +1403,193 @@ def nearest_kronecker_sum(first, second):
             in_g = gram_a @ in_a / (in_a @ gram_a @ in_a)
         result[layer] = tuple(sum(c.item() * m for c, m in zip(mix, side)) for mix, side in zip((in_a, in_g), sides))
     return result
+
+
+# ---------------------------------------------------------------- figures
+
+ARMS = {  # one colour (Okabe & Ito 2008, safe for colour-blind readers) and one line style per arm, everywhere
+    "fine-tuning": ("#D55E00", "--"), "early stopping": ("#D55E00", (0, (1, 2))), "L2": ("#B8860B", ":"), "EWC": ("#0072B2", "-"),
+    "online EWC": ("#56B4E9", (0, (5, 2, 1, 2, 1, 2))), "Kronecker EWC": ("#007A5A", "-."), "replay": ("#AA4499", (0, (3, 1))),
+    "joint": ("#555555", (0, (1, 1))), "random direction": ("#555555", (0, (4, 2))),
+}
+
+
+def progress(items, label):
+    """Go through ``items`` and show a bar in the notebook meanwhile; silent elsewhere."""
+    items, begin, handle = list(items), time.perf_counter(), None
+    with contextlib.suppress(ImportError):
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+        handle = display(HTML(""), display_id=True) if get_ipython() else None
+    for i in range(len(items) + 1):
+        if handle:
+            handle.update(HTML(f'<progress value="{i}" max="{len(items)}"></progress> {label}: {i} of {len(items)}, '
+                               f"{time.perf_counter() - begin:.0f} s"))
+        if i < len(items):
+            yield items[i]
+
+
+def plot_images(rows, title):
+    """rows: {name: (images (10, 1, 28, 28), the ten labels)}, one line of pictures each."""
+    fig, axes = _figure(len(rows), 10, (9, 1.35 * len(rows) + 0.4))
+    for line, (name, (images, labels)) in zip(axes, rows.items()):
+        for ax, image, label in zip(line, images, labels):
+            ax.imshow(image.squeeze(), cmap="gray_r")
+            ax.set_title(label, fontsize=8)
+            ax.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name, fontsize=9)
+    _show(fig, title)
+
+
+def plot_forgetting(curves, tasks, title, *, zoom=False, seconds=None):
+    """Accuracy on each task while task B is learned. curves: {arm: (steps, accuracies (seeds, steps, 2))}; zoom: first steps wide."""
+    fig, axes = _figure(1, 2, (9.5, 3.3), sharey=True)
+    for k, ax in enumerate(axes[0]):
+        ends = []
+        for arm, (steps, scores) in curves.items():
+            ends.append(_band(ax, steps, 100 * torch.as_tensor(scores)[:, :, k], arm))
+        ax.axhline(10, color="black", lw=0.8, ls=":")
+        ax.axvline(0, color="black", lw=0.8)
+        if zoom:
+            ax.set_xscale("symlog", linthresh=10)
+        _axes(ax, "steps (negative: on task A, positive: on task B)" if min(min(s) for s, _ in curves.values()) < 0 else "steps on task B",
+              f"accuracy on {tasks[k]} (%)", percent=True)
+        _label_ends(ax, ends)
+    _show(fig, title)
+
+
+def plot_tradeoff(points, tasks, title, *, marks=(), xlim=None, ylim=None):
+    """Accuracy on task A over accuracy on task B. points: {arm: [(label, scores (seeds, 2)), ...]}; marks: labels to write."""
+    fig, axes = _figure(1, 1, (7, 4.2))
+    ax, spread = axes[0][0], []
+    for arm, entries in points.items():
+        colour, style = ARMS[arm]
+        means = [100 * torch.as_tensor(scores).mean(0) for _, scores in entries]
+        errors = [100 * torch.as_tensor(scores).std(0) if len(scores) > 1 else torch.zeros(2) for _, scores in entries]
+        ax.errorbar([m[1] for m in means], [m[0] for m in means], [e[0] for e in errors], [e[1] for e in errors], color=colour, ls=style,
+                    marker="o", ms=4, lw=1.5, elinewidth=0.8, label=arm)
+        for (label, _), m in zip(entries, means):
+            if label:
+                ax.annotate(label, (m[1], m[0]), xytext=(4, 5), textcoords="offset points", fontsize=7, color=colour)
+        spread += means
+    _axes(ax, f"accuracy on {tasks[1]} (%)", f"accuracy on {tasks[0]} (%)")
+    ax.set(xlim=xlim, ylim=ylim)
+    ax.legend(frameon=False, fontsize=8, loc="best")
+    _show(fig, title)
+
+
+def plot_fisher_images(maps, title):
+    """maps: {label: (28, 28) tensor}, drawn as pictures on one logarithmic scale."""
+    from matplotlib.colors import LogNorm
+    fig, axes = _figure(1, len(maps), (2.2 * len(maps) + 1, 2.7))
+    high = max(m.max().item() for m in maps.values())
+    for ax, (label, m) in zip(axes[0], maps.items()):
+        drawn = ax.imshow(m.clamp_min(high * 1e-4), cmap="viridis", norm=LogNorm(high * 1e-4, high))
+        ax.set_title(label, fontsize=9)
+        ax.set(xticks=[], yticks=[])
+    fig.colorbar(drawn, ax=list(axes[0]), fraction=0.03, label="Fisher (log scale)")
+    _show(fig, title, tight=False)
+
+
+def plot_distribution(values, title):
+    """values: {label: tensor}, histograms over powers of ten."""
+    fig, axes = _figure(1, 1, (7, 3))
+    for (label, v), (colour, style) in zip(values.items(), ARMS.values()):
+        v = v.flatten()
+        logs = v[v > 0].log10()
+        counts, edges = torch.histogram(logs.cpu(), 60, range=(-14.0, 1.0))
+        axes[0][0].stairs((100 * counts / len(v)).tolist(), edges.tolist(), color=colour, ls=style, lw=1.5, label=label)
+    _axes(axes[0][0], "log10 of the Fisher", "weights (%)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    _show(fig, title)
+
+
+def plot_landscape(grid, losses, paths, points, title):
+    """Contours of two losses over two weights, and the paths of training. grid: (w1, w2); losses: {label: (colour, values)}."""
+    fig, axes = _figure(1, 1, (7, 4.2))
+    ax = axes[0][0]
+    for label, (colour, values) in losses.items():
+        low = values.min()
+        ax.contour(*grid, values, levels=[low + d for d in (0.01, 0.03, 0.1, 0.2, 0.4)], colors=colour, linewidths=0.7, alpha=0.7)
+    for arm, path in paths.items():
+        colour, style = ARMS[arm]
+        ax.plot(path[:, 0], path[:, 1], color=colour, ls=style, lw=2, label=arm)
+        ax.plot(*path[-1], "o", color=colour, ms=6)
+    for label, (x, y) in points.items():
+        ax.plot(x, y, "k*", ms=9)
+        ax.annotate(label, (x, y), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    _axes(ax, "weight 1", "weight 2")
+    ax.legend(frameon=False, fontsize=8)
+    _show(fig, title)
+
+
+def plot_lines(lines, xlabel, ylabel, title, *, log=False, percent=False, chance=None):
+    """lines: {arm or label: (x, ys (seeds, x))}: mean, band from least to most, label at the right end."""
+    fig, axes = _figure(1, 1, (7, 3.3))
+    ax, ends = axes[0][0], []
+    for label, (x, ys) in lines.items():
+        ends.append(_band(ax, x, torch.as_tensor(ys), label))
+    if chance is not None:
+        ax.axhline(chance, color="black", lw=0.8, ls=":")
+    if log:
+        ax.set(xscale="log", yscale="log")
+    _axes(ax, xlabel, ylabel, percent)
+    _label_ends(ax, ends)
+    _show(fig, title)
+
+
+def plot_matrices(matrices, title, *, rows="after task", columns="accuracy on task (%)"):
+    """matrices: {label: (tasks, tasks) accuracies}, as heat maps with the percentages written in."""
+    fig, axes = _figure(1, len(matrices), (2.4 * len(matrices) + 0.6, 2.9), sharey=True)
+    for ax, (label, m) in zip(axes[0], matrices.items()):
+        ax.imshow(m, cmap="cividis", vmin=0, vmax=1)
+        for i in range(len(m)):
+            for j in range(m.shape[1]):
+                if not math.isnan(m[i, j]):
+                    ax.text(j, i, f"{100 * m[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if m[i, j] < 0.6 else "black")
+        ax.set_title(label, fontsize=9)
+        ax.set(xticks=range(m.shape[1]), xticklabels=range(1, m.shape[1] + 1), yticks=range(len(m)), yticklabels=range(1, len(m) + 1))
+        ax.set_xlabel(columns, fontsize=8)
+    axes[0][0].set_ylabel(rows, fontsize=8)
+    _show(fig, title)
+
+
+def _figure(rows, columns, size, **shared):
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
+
+
+def _band(ax, x, ys, arm):
+    """Mean line and least-to-most band over seeds; returns (right end, colour, label)."""
+    colour, style = ARMS.get(arm, (None, "-"))
+    line, = ax.plot(x, ys.mean(0), color=colour, ls=style, lw=1.8)
+    if len(ys) > 1:
+        ax.fill_between(x, ys.min(0).values, ys.max(0).values, color=line.get_color(), alpha=0.18, lw=0)
+    return ys.mean(0)[-1].item(), x[-1], line.get_color(), arm
+
+
+def _label_ends(ax, ends):
+    """Write each line's name at its right end, moved apart where lines end together."""
+    transform, low = ax.transData + ax.transAxes.inverted(), -math.inf
+    for y, x, colour, label in sorted(ends, key=lambda end: end[0]):
+        at = transform.transform((x, y))
+        low = max(at[1], low + 0.075)
+        ax.annotate(label, (1.0, at[1]), xytext=(1.02, low), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=8,
+                    va="center", annotation_clip=False)
+
+
+def _axes(ax, xlabel, ylabel, percent=False):
+    ax.set_xlabel(xlabel, fontsize=9)
+    ax.set_ylabel(ylabel, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)
+    if percent:
+        ax.set_ylim(0, 100)
+
+
+def _show(fig, title, tight=True):
+    import matplotlib.pyplot as plt
+    fig.suptitle(title, fontsize=11, x=0.01, ha="left")
+    if tight:
+        fig.tight_layout()
+    plt.show()
