@@ -16,6 +16,7 @@ Dependencies run one way: notebook -> ewc_utils -> torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import http.client
 import io
 import math
@@ -296,7 +297,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 
     F_i = 1/N sum_n E_y [(d log p(y | x_n, theta) / d theta_i)^2]      (Martens 2020, eq. 5; diagonal)
 
-    labels      "exact": E_y over the model's own predictive distribution, all classes, no sampling; C backward passes.
+    labels      "exact": E_y over the model's own predictive distribution, all classes, no sampling; C - 1 backward passes.
                 "sampled": one y per example drawn from it (``seed``); unbiased; 1 pass.
                 "empirical": the y of the data; 1 pass; not the Fisher, and near zero where the model fits its data.
     model       any module; bare, compiled or DDP-wrapped. Evaluated in evaluation mode; nothing of it is changed.
@@ -912,10 +913,21 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     springs = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
     terms = []
     for p, fisher, anchor in springs:
-        d = p - anchor
-        pull = d * fisher  # in the wider type of the two: the Fisher of a bfloat16 model is float32
-        terms.append(torch.dot(pull.flatten(), d.to(pull.dtype).flatten()))
+        wide = torch.promote_types(p.dtype, fisher.dtype)  # the Fisher of a bfloat16 model is float32
+        squares = F.mse_loss(p.to(wide), anchor.to(wide), reduction="none")  # (p - anchor)^2, in one pass each way
+        terms.append(torch.dot(squares.flatten(), fisher.to(wide).flatten()))
     return 0.5 * lambda_ewc * torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def add_ewc_gradients(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None):
+    """grad += lambda_ewc F (theta - theta*), in place: the gradient of ``ewc_loss`` without autograd, for a loop of one's own.
+
+    Arguments as in ``ewc_loss``. Call it between ``loss.backward()`` and ``optimizer.step()``; with a gradient scaler, after
+    its ``unscale_``. A parameter without a gradient gets one. Returns nothing. Raises TypeError, ValueError.
+    """
+    parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
+    _Springs(parts if lambda_ewc else [], lambda_ewc).add_gradients()
 
 
 def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
@@ -933,6 +945,9 @@ def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
                              "say with parameters=[...] which of its parameters the penalty covers")
         for name, p in params.items():
             _check_like(argument, name, given[name], p)
+    live = [name for name, p in params.items() if p.numel() and optimal_params[name].data_ptr() == p.data_ptr()]
+    if live:
+        raise ValueError(f"optimal_params holds the live parameters {live}, which move along and never pull: use take_anchor(model)")
     return [(p, fisher_dict[name], optimal_params[name]) for name, p in params.items()]
 
 
@@ -981,7 +996,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                    penalty="explicit", every=1, scheduler=None, parameters=None, callback=None, callback_steps=100):
     """Minimise L_B(theta) + lambda_ewc / 2 * sum_i F_i (theta_i - theta*_i)^2, from the model's present weights, in place.
 
-    model, criterion, optimizer    any module; a mean loss criterion(outputs, y); any torch optimizer of all its weights.
+    model, criterion, optimizer    any module; a mean loss criterion(outputs, y); any torch optimizer of all its weights but LBFGS.
     train_loader    any iterable of (x, y) batches, gone through ``epochs`` times.
     fisher_dict, optimal_params, lambda_ewc, parameters    as in ``ewc_loss``; or a Kronecker-factored Fisher. lambda_ewc = 0
                     is the control: the same bits as training without a penalty; both dictionaries may then be None.
@@ -1004,12 +1019,12 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     if penalty == "explicit":
         _warn_if_unstable(optimizer, springs)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    called, losses, step = None, [], 0
+    losses, step = [], 0
     with _training(model):
         for _ in range(epochs):
             total, start = 0.0, step
             for x, y in _batches(train_loader, _trainable(model), argument="train_loader"):
-                called = _call(callback, callback_steps, called, step, model)
+                _call(callback, callback_steps, step, model)
                 value = _loss_and_gradients(model, criterion, optimizer, x, y)
                 if not math.isfinite(value):
                     _give_up(before, step, springs, x)
@@ -1023,8 +1038,25 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
             if not all(torch.isfinite(p).all() for p in model.parameters()):
                 _give_up(before, step, springs, x)
             losses.append(total / (step - start))
-        _call(callback, {step}, called, step, model)
+        _call(callback, {step}, step, model)
     return losses
+
+
+def run_arm(start, data, fisher_dict=None, optimal_params=None, lambda_ewc=0, *, criterion=nn.CrossEntropyLoss(), seed=0, batch_size=128,
+            epochs=1, lr=0.1, tests=(), look=(), penalty="implicit", every=1):
+    """One arm of a comparison: a copy of ``start`` goes on with ``data``, by SGD whose rate falls linearly from lr to 0.
+
+    data: (x, y) or a loader; tests: the (x, y) to take the accuracy on at the steps in ``look`` and at the end; the others as in
+    ``train_with_ewc``. Arms with one seed see the same batches. Returns (model, accuracies (steps looked at, tests)).
+    """
+    model, seen = copy.deepcopy(start), []
+    loader = TensorLoader(*data, batch_size, seed=seed) if isinstance(data, tuple) else data
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    to_zero = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * len(loader))
+    train_with_ewc(model, loader, criterion, optimizer, fisher_dict, optimal_params, lambda_ewc, epochs=epochs, penalty=penalty,
+                   every=every, scheduler=to_zero, callback_steps=set(look),
+                   callback=lambda step, model: seen.append([accuracy(model, x, y) for x, y in tests]))
+    return model, torch.tensor(seen)
 
 
 def _loss_and_gradients(model, criterion, optimizer, x, y):
@@ -1056,13 +1088,10 @@ def _one_step(optimizer, scheduler, springs, penalty, pull_now):
         scheduler.step()
 
 
-def _call(callback, steps, called, step, model):
-    """Call back where it is due; returns the step of the last call."""
-    due = step % steps == 0 if isinstance(steps, int) else step in steps
-    if callback is None or not due or called == step:
-        return called
-    callback(step, model)
-    return step
+def _call(callback, steps, step, model):
+    """Call back where it is due."""
+    if callback is not None and (step % steps == 0 if isinstance(steps, int) else step in steps):
+        callback(step, model)
 
 
 def _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, parameters):
@@ -1081,14 +1110,14 @@ def _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, paramete
 class _Springs:
     """One spring per weight, fused over all parameters; autograd is not involved."""
 
-    def __init__(self, parts, lambda_ewc, optimizer):
+    def __init__(self, parts, lambda_ewc, optimizer=None):
         self.lambda_ewc = lambda_ewc
         self.params = [p for p, _, _ in parts]
         self.fishers = [fisher.to(p.dtype) for p, fisher, _ in parts]
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
-        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self.groups = [group_of[p] for p in self.params]
-        self.rates = [0.0] * len(parts)
+        group_of = {p: group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
+        self.groups = [group_of.get(p) for p in self.params]
+        self.rates, self.pulled, self.ways = [0.0] * len(parts), None, None
 
     def max_rate(self):
         """The largest lr * lambda_ewc * F, which decides whether the explicit step is stable."""
@@ -1109,12 +1138,13 @@ class _Springs:
     def pull(self):
         """theta <- theta* + (theta - theta*) / (1 + r), r = lr lambda_ewc F: the way r / (1 + r) towards theta*."""
         if any(self.rates):
-            rates = torch._foreach_mul(self.fishers, [min(rate * self.lambda_ewc, 1e38) for rate in self.rates])
-            torch._foreach_reciprocal_(rates)  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
-            torch._foreach_add_(rates, 1)
-            torch._foreach_reciprocal_(rates)
+            if self.rates != self.pulled:  # at a constant learning rate the ways stay as they are
+                self.pulled, self.ways = self.rates, torch._foreach_mul(self.fishers, [min(r * self.lambda_ewc, 1e38) for r in self.rates])
+                torch._foreach_reciprocal_(self.ways)  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
+                torch._foreach_add_(self.ways, 1)
+                torch._foreach_reciprocal_(self.ways)
             with torch.no_grad():
-                torch._foreach_lerp_(self.params, self.anchors, rates)
+                torch._foreach_lerp_(self.params, self.anchors, self.ways)
             self.rates = [0.0] * len(self.rates)
 
 
@@ -1441,7 +1471,7 @@ def plot_images(rows, title):
     _show(fig, title)
 
 
-def plot_forgetting(curves, tasks, title, *, zoom=False, seconds=None):
+def plot_forgetting(curves, tasks, title, *, zoom=False):
     """Accuracy on each task while task B is learned. curves: {arm: (steps, accuracies (seeds, steps, 2))}; zoom: first steps wide."""
     fig, axes = _figure(1, 2, (9.5, 3.3), sharey=True)
     for k, ax in enumerate(axes[0]):
@@ -1452,16 +1482,17 @@ def plot_forgetting(curves, tasks, title, *, zoom=False, seconds=None):
         ax.axvline(0, color="black", lw=0.8)
         if zoom:
             ax.set_xscale("symlog", linthresh=10)
+            ax.set_xlim(left=0)
         _axes(ax, "steps (negative: on task A, positive: on task B)" if min(min(s) for s, _ in curves.values()) < 0 else "steps on task B",
               f"accuracy on {tasks[k]} (%)", percent=True)
         _label_ends(ax, ends)
     _show(fig, title)
 
 
-def plot_tradeoff(points, tasks, title, *, marks=(), xlim=None, ylim=None):
-    """Accuracy on task A over accuracy on task B. points: {arm: [(label, scores (seeds, 2)), ...]}; marks: labels to write."""
+def plot_tradeoff(points, tasks, title, *, xlim=None):
+    """Accuracy on task A over accuracy on task B. points: {arm: [(label, scores (seeds, 2)), ...]}."""
     fig, axes = _figure(1, 1, (7, 4.2))
-    ax, spread = axes[0][0], []
+    ax = axes[0][0]
     for arm, entries in points.items():
         colour, style = ARMS[arm]
         means = [100 * torch.as_tensor(scores).mean(0) for _, scores in entries]
@@ -1471,9 +1502,8 @@ def plot_tradeoff(points, tasks, title, *, marks=(), xlim=None, ylim=None):
         for (label, _), m in zip(entries, means):
             if label:
                 ax.annotate(label, (m[1], m[0]), xytext=(4, 5), textcoords="offset points", fontsize=7, color=colour)
-        spread += means
     _axes(ax, f"accuracy on {tasks[1]} (%)", f"accuracy on {tasks[0]} (%)")
-    ax.set(xlim=xlim, ylim=ylim)
+    ax.set(xlim=xlim)
     ax.legend(frameon=False, fontsize=8, loc="best")
     _show(fig, title)
 
@@ -1484,7 +1514,7 @@ def plot_fisher_images(maps, title):
     fig, axes = _figure(1, len(maps), (2.2 * len(maps) + 1, 2.7))
     high = max(m.max().item() for m in maps.values())
     for ax, (label, m) in zip(axes[0], maps.items()):
-        drawn = ax.imshow(m.clamp_min(high * 1e-4), cmap="viridis", norm=LogNorm(high * 1e-4, high))
+        drawn = ax.imshow(m.clamp_min(high * 1e-2), cmap="viridis", norm=LogNorm(high * 1e-2, high))
         ax.set_title(label, fontsize=9)
         ax.set(xticks=[], yticks=[])
     fig.colorbar(drawn, ax=list(axes[0]), fraction=0.03, label="Fisher (log scale)")
@@ -1494,10 +1524,10 @@ def plot_fisher_images(maps, title):
 def plot_distribution(values, title):
     """values: {label: tensor}, histograms over powers of ten."""
     fig, axes = _figure(1, 1, (7, 3))
-    for (label, v), (colour, style) in zip(values.items(), ARMS.values()):
+    for (label, v), (colour, style) in zip(values.items(), (ARMS["EWC"], ARMS["fine-tuning"])):
         v = v.flatten()
         logs = v[v > 0].log10()
-        counts, edges = torch.histogram(logs.cpu(), 60, range=(-14.0, 1.0))
+        counts, edges = torch.histogram(logs.cpu(), 60, range=(-10.0, 1.0))
         axes[0][0].stairs((100 * counts / len(v)).tolist(), edges.tolist(), color=colour, ls=style, lw=1.5, label=label)
     _axes(axes[0][0], "log10 of the Fisher", "weights (%)")
     axes[0][0].legend(frameon=False, fontsize=8)
@@ -1570,12 +1600,15 @@ def _band(ax, x, ys, arm):
 
 def _label_ends(ax, ends):
     """Write each line's name at its right end, moved apart where lines end together."""
-    transform, low = ax.transData + ax.transAxes.inverted(), -math.inf
-    for y, x, colour, label in sorted(ends, key=lambda end: end[0]):
-        at = transform.transform((x, y))
-        low = max(at[1], low + 0.075)
-        ax.annotate(label, (1.0, at[1]), xytext=(1.02, low), xycoords="axes fraction", textcoords="axes fraction", color=colour, fontsize=8,
-                    va="center", annotation_clip=False)
+    transform = ax.transData + ax.transAxes.inverted()
+    ends = sorted((transform.transform((x, y))[1], colour, label) for y, x, colour, label in ends)
+    heights = [at for at, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + 0.075)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], 1.02 - 0.075 * (len(heights) - 1 - i))
+    for height, (at, colour, label) in zip(heights, ends):
+        ax.annotate(label, (1.02, height), xycoords="axes fraction", color=colour, fontsize=8, va="center", annotation_clip=False)
 
 
 def _axes(ax, xlabel, ylabel, percent=False):

@@ -1,5 +1,6 @@
 """The main notebook as a file: what a reader meets on the web page and in a fresh checkout, before any cell is run."""
 
+import base64
 import re
 import statistics
 from pathlib import Path
@@ -140,6 +141,17 @@ def test_the_readme_shows_the_results_that_the_notebook_printed():
     assert len(shown) == 1, "README.md holds one table between <!-- results --> and <!-- /results -->"
     assert len(printed) >= 3 and len({len(row) for row in printed}) == 1
     assert cells_of_table(shown[0]) == printed
+
+
+def test_the_first_cell_shows_the_results_and_the_figure_that_the_notebook_made():
+    tagged = {tag: cell for cell in code_cells(NOTEBOOK) for tag in cell.metadata.get("tags", []) if tag in ("results", "hero")}
+    printed = cells_of_table("\n".join(text_of(output) for output in tagged["results"].outputs))
+    first = read(NOTEBOOK).cells[0]
+    assert cells_of_table(first.source) == printed
+    pictures = [data["image/png"].replace("\n", "") for data in first.attachments.values()]
+    drawn = [output.data["image/png"].replace("\n", "") for output in tagged["hero"].outputs]
+    assert pictures == drawn
+    assert (ROOT / ".github" / "forgetting.png").read_bytes() == base64.b64decode(drawn[0])
 
 
 def test_the_stored_results_come_from_the_full_data():

@@ -95,7 +95,7 @@ def test_penalty_of_a_narrow_model_with_the_wider_fisher_it_gets(model, dtype):
     fisher, anchor = springs(model.to(dtype))
     wide = {name: f.float() for name, f in fisher.items()}  # compute_fisher_information returns no type below float32
     loss = ewc_loss(model, wide, anchor, 3.0)
-    expected = 1.5 * sum((fisher[n].double() * (p - anchor[n]).double() ** 2).sum() for n, p in model.named_parameters())
+    expected = 1.5 * sum((fisher[n].double() * (p.double() - anchor[n].double()) ** 2).sum() for n, p in model.named_parameters())
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert all(p.grad.dtype == dtype and p.grad.abs().sum() > 0 for p in model.parameters())
