@@ -1020,7 +1020,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
         _warn_if_unstable(optimizer, springs)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     losses, step = [], 0
-    with _training(model):
+    with _training(model), _WholeSteps() as whole:
         for _ in range(epochs):
             total, start = 0.0, step
             for x, y in _batches(train_loader, _trainable(model), argument="train_loader"):
@@ -1028,9 +1028,9 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 value = _loss_and_gradients(model, criterion, optimizer, x, y)
                 if not math.isfinite(value):
                     _give_up(before, step, springs, x)
-                with _uninterrupted():
-                    step += 1
-                    _one_step(optimizer, scheduler, springs, penalty, step % every == 0)
+                whole.inside, step = True, step + 1
+                _one_step(optimizer, scheduler, springs, penalty, step % every == 0)
+                whole.leave()
                 total += value
             if step == start:
                 raise ValueError("train_loader gave 0 batches: it is empty, or an iterator that is used up; pass a loader")
@@ -1044,7 +1044,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
 
 def run_arm(start, data, fisher_dict=None, optimal_params=None, lambda_ewc=0, *, criterion=nn.CrossEntropyLoss(), seed=0, batch_size=128,
             epochs=1, lr=0.1, tests=(), look=(), penalty="implicit", every=1):
-    """One arm of a comparison: a copy of ``start`` goes on with ``data``, by SGD whose rate falls linearly from lr to 0.
+    """One arm of a comparison: a copy of ``start`` goes on with ``data``, by SGD whose rate falls from lr to 0, by a stair every 8 steps.
 
     data: (x, y) or a loader; tests: the (x, y) to take the accuracy on at the steps in ``look`` and at the end; the others as in
     ``train_with_ewc``. Arms with one seed see the same batches. Returns (model, accuracies (steps looked at, tests)).
@@ -1052,7 +1052,8 @@ def run_arm(start, data, fisher_dict=None, optimal_params=None, lambda_ewc=0, *,
     model, seen = copy.deepcopy(start), []
     loader = TensorLoader(*data, batch_size, seed=seed) if isinstance(data, tuple) else data
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    to_zero = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * len(loader))
+    total = epochs * len(loader)
+    to_zero = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step // 8 * 8 / total)  # in stairs: springs reuse a rate
     train_with_ewc(model, loader, criterion, optimizer, fisher_dict, optimal_params, lambda_ewc, epochs=epochs, penalty=penalty,
                    every=every, scheduler=to_zero, callback_steps=set(look),
                    callback=lambda step, model: seen.append([accuracy(model, x, y) for x, y in tests]))
@@ -1259,20 +1260,34 @@ def _training(model):
             p.grad = grad
 
 
-@contextlib.contextmanager
-def _uninterrupted():
-    """Hold Ctrl-C back until the step is whole."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held = []
-    previous = signal.signal(signal.SIGINT, lambda *args: held.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            signal.raise_signal(signal.SIGINT)  # whatever its handler is, the system's own too
+class _WholeSteps:
+    """Ctrl-C waits while a step is under way (``inside``). The handler is set once, for setting it at every step costs time."""
+
+    def __enter__(self):
+        self.inside = self.held = False
+        self.set = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+        self.previous = signal.signal(signal.SIGINT, self._handle) if self.set else None
+        return self
+
+    def _handle(self, *_):
+        self.held = True
+        if not self.inside:
+            self.leave()
+
+    def leave(self):
+        """The step is whole: what was held back comes now, to whatever handler was there before, the system's own too."""
+        self.inside = False
+        if self.held:
+            self.__exit__()
+            self.__enter__()
+
+    def __exit__(self, *_):
+        if self.set:
+            signal.signal(signal.SIGINT, self.previous)
+            if self.held:
+                self.held = False
+                signal.raise_signal(signal.SIGINT)
+
 
 
 # ---------------------------------------------------------------- many tasks
@@ -1484,7 +1499,7 @@ def plot_forgetting(curves, tasks, title, *, zoom=False):
             ax.set_xscale("symlog", linthresh=10)
             ax.set_xlim(left=0)
         _axes(ax, "steps (negative: on task A, positive: on task B)" if min(min(s) for s, _ in curves.values()) < 0 else "steps on task B",
-              f"accuracy on {tasks[k]} (%)", percent=True)
+              f"accuracy on\n{tasks[k]} (%)", percent=True)
         _label_ends(ax, ends)
     _show(fig, title)
 
@@ -1553,17 +1568,18 @@ def plot_landscape(grid, losses, paths, points, title):
     _show(fig, title)
 
 
-def plot_lines(lines, xlabel, ylabel, title, *, log=False, percent=False, chance=None):
+def plot_lines(lines, xlabel, ylabel, title, *, log=False, ylim=None):
     """lines: {arm or label: (x, ys (seeds, x))}: mean, band from least to most, label at the right end."""
     fig, axes = _figure(1, 1, (7, 3.3))
     ax, ends = axes[0][0], []
     for label, (x, ys) in lines.items():
         ends.append(_band(ax, x, torch.as_tensor(ys), label))
-    if chance is not None:
-        ax.axhline(chance, color="black", lw=0.8, ls=":")
     if log:
         ax.set(xscale="log", yscale="log")
-    _axes(ax, xlabel, ylabel, percent)
+    else:
+        ax.set_xticks(x)
+    ax.set(ylim=ylim)
+    _axes(ax, xlabel, ylabel)
     _label_ends(ax, ends)
     _show(fig, title)
 

@@ -28,16 +28,13 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ewc_utils as ewc  # noqa: E402
 
-warnings.simplefilter("ignore")
 backpack = nngeometry = avalanche = None
 with contextlib.suppress(ImportError):
     import backpack.extensions
 with contextlib.suppress(ImportError):
-    import nngeometry.metrics
-    import nngeometry.object
+    import nngeometry.metrics, nngeometry.object  # noqa: E401
 with contextlib.suppress(ImportError):
-    import avalanche.benchmarks.utils
-    import avalanche.training.plugins
+    import avalanche.benchmarks.utils, avalanche.training.plugins  # noqa: E401
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
@@ -46,13 +43,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=60_000, help="images; the convolutional net gets a sixth of them")
     parser.add_argument("--threads", type=int, default=2, help="with 1, processor time is measured instead of wall time")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="6,000 images, 3 rounds")
     args = parser.parse_args()
-    n, rounds = (6_000, 3) if args.quick else (args.examples, args.rounds)
+    n, rounds = (6_000, 3) if args.quick else (args.examples, 5)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     a, b = ewc.load_tasks("FashionMNIST", "MNIST")
     print(f"torch {torch.__version__}, {args.threads} thread(s), {clock.__name__}, {a.source}, medians of {rounds} rounds")
     torch.manual_seed(0)
@@ -78,17 +75,13 @@ def interleaved(jobs, clock, rounds):
             except Exception as error:  # another library's limits are no reason to stop
                 print(f"{name}: fails with {type(error).__name__}: {str(error)[:90]}")
                 del seconds[name]
-                continue
-            if turn:
-                seconds[name].append(spent)
+            else:
+                seconds[name] += [spent] if turn else []
     return seconds
 
 
 def over(seconds, name, base, factor=1.0):
     return statistics.median(factor * p / q for p, q in zip(seconds[name], seconds[base])) if base in seconds else float("nan")
-
-
-# ---------------------------------------------------------------- the diagonal Fisher
 
 
 def fisher_table(title, model, x, y, clock, rounds):
@@ -122,29 +115,24 @@ def fisher_table(title, model, x, y, clock, rounds):
 
 def limit(model, x, n_classes=10):
     """A job that does the matrix products alone, on numbers of the right shapes; the first layer's input is the data."""
-    inputs, layers = {}, []
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: inputs.update({layer: args[0]}))
-             for layer in model if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    n = min(len(x), 1000 if isinstance(model[0], nn.Flatten) else 250)
-    with torch.no_grad():
-        model(x[:n])
-    for hook in hooks:
-        hook.remove()
-    for layer, a in inputs.items():  # patches: (examples, positions, inputs of a position)
-        dense, first = isinstance(layer, nn.Linear), not layers
-        patches = a.unsqueeze(1) if dense else F.unfold(a, layer.kernel_size, 1, layer.padding, layer.stride).transpose(1, 2).contiguous()
-        layers.append((first, dense, layer.weight.detach().flatten(1), patches, torch.rand(n, patches.shape[1], len(layer.weight))))
+    n, layers = min(len(x), 1000 if isinstance(model[0], nn.Flatten) else 250), []
+    a = x[:n]
+    for layer in model:
+        if hasattr(layer, "weight"):  # patches: (examples, positions, inputs of a position)
+            dense, w = isinstance(layer, nn.Linear), layer.weight.detach().flatten(1)
+            patches = a.unsqueeze(1) if dense else F.unfold(a, layer.kernel_size, 1, layer.padding, layer.stride).transpose(1, 2).contiguous()
+            layers.append((not layers, dense, w, patches, torch.rand(n, patches.shape[1], len(w))))
+        a = layer(a).detach()
 
-    @torch.no_grad()
     def products():
         for row in range(0, len(x) - n + 1, n):
             for first, dense, w, a, g in layers:
                 a = x[row:row + n].flatten(1).unsqueeze(1) if first and dense else a
-                _ = a.flatten(0, 1) @ w.T
+                a.flatten(0, 1) @ w.T
                 for _ in range(0 if first else n_classes):
-                    _ = g.flatten(0, 1) @ w
+                    g.flatten(0, 1) @ w
                 if dense:
-                    _ = g[:, 0].T @ a[:, 0]
+                    g[:, 0].T @ a[:, 0]
                     continue
                 m = max(1, 2**18 // w.numel())  # the products of so many examples stay in the cache
                 out = torch.empty(m, *w.shape)
@@ -218,16 +206,12 @@ def by_avalanche(model, x, y, labels):
     return {name: part.data for name, part in found.items()}
 
 
-# ---------------------------------------------------------------- the penalty in training
-
-
 def training_table(title, maker, model, xa, ya, x, y, clock, rounds):
     """One epoch of MNIST at batch 128 with the penalty and without."""
     springs = ours(model, xa, ya, "exact"), ewc.take_anchor(model)
 
     def own_loop(penalty=None):
-        net = copy.deepcopy(model)
-        optimizer = maker(net)
+        optimizer = maker(net := copy.deepcopy(model))
         for a, b in ewc.TensorLoader(x, y):
             optimizer.zero_grad()
             loss = CROSS_ENTROPY(net(a), b)
@@ -237,12 +221,10 @@ def training_table(title, maker, model, xa, ya, x, y, clock, rounds):
             optimizer.step()
 
     def train(lambda_ewc=1.0, **kwargs):
-        net = copy.deepcopy(model)
-        ewc.train_with_ewc(net, ewc.TensorLoader(x, y), CROSS_ENTROPY, maker(net), *springs, lambda_ewc, **kwargs)
+        ewc.train_with_ewc(net := copy.deepcopy(model), ewc.TensorLoader(x, y), CROSS_ENTROPY, maker(net), *springs, lambda_ewc, **kwargs)
 
     def by_avalanche(*plugins):
-        """Its training loop, after a first task of one batch."""
-        sets, net = [TensorDataset(x[:m], y[:m]) for m in (128, len(x))], copy.deepcopy(model)
+        sets, net = [TensorDataset(x[:m], y[:m]) for m in (128, len(x))], copy.deepcopy(model)  # a first task of one batch
         for data in sets:
             data.targets = data.tensors[1].tolist()
         stream = avalanche.benchmarks.benchmark_from_datasets(train=[avalanche.benchmarks.utils.as_classification_dataset(data) for data in sets])
@@ -251,10 +233,9 @@ def training_table(title, maker, model, xa, ya, x, y, clock, rounds):
         for experience in stream.train_stream:
             strategy.train(experience)
 
-    jobs = {"own loop, no penalty": own_loop, "own loop, ewc_loss": lambda: own_loop("loss"),
-            "own loop, add_ewc_gradients": lambda: own_loop("gradient"), "train_with_ewc, lambda 0": lambda: train(0),
-            "train_with_ewc, explicit": train, "train_with_ewc, implicit": lambda: train(penalty="implicit"),
-            "train_with_ewc, implicit, every=8": lambda: train(penalty="implicit", every=8)}
+    jobs = {"own loop, no penalty": own_loop, "own loop, ewc_loss": lambda: own_loop("loss"), "own loop, add_ewc_gradients":
+            lambda: own_loop("gradient"), "train_with_ewc, lambda 0": lambda: train(0), "train_with_ewc, explicit": train,
+            "train_with_ewc, implicit": lambda: train(penalty="implicit"), "train_with_ewc, implicit, every=8": lambda: train(penalty="implicit", every=8)}
     if avalanche:
         jobs |= {"Avalanche, no penalty": by_avalanche, "Avalanche, EWC": lambda: by_avalanche(avalanche.training.plugins.EWCPlugin(1.0))}
     seconds = interleaved(jobs, clock, rounds)
