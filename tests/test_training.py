@@ -484,6 +484,14 @@ def test_an_interrupt_leaves_the_weights_of_the_last_whole_step(penalty, where, 
     assert same_bits(model, twin.state_dict())
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """A shell's background job ignores Ctrl-C from the start, and Python leaves it at that."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 class InterruptedSGD(torch.optim.SGD):
     """Ctrl-C arrives when half of the weights of the third step are written."""
 
