@@ -43,6 +43,7 @@ from torch.nn import functional as F
 # ---------------------------------------------------------------- data
 
 SAMPLE = Path(__file__).resolve().parent / "tests" / "data"
+_SOURCES = set()  # of the tasks loaded so far: every figure says so unless all are "full data"
 TIMEOUT = 10.0  # seconds that a download host may stay silent
 
 
@@ -103,7 +104,9 @@ def load_tasks(*names, root=None):
     root = root or os.environ.get("EWC_DATA")
     if not root:
         root = Path("data") if _download(makers, Path("data")) else SAMPLE
-    return [_read_task(maker, Path(root).expanduser()) for maker in makers]
+    tasks = [_read_task(maker, Path(root).expanduser()) for maker in makers]
+    _SOURCES.update(task.source for task in tasks)
+    return tasks
 
 
 def _download(makers, root):
@@ -1638,7 +1641,7 @@ def _axes(ax, xlabel, ylabel, percent=False):
 
 def _show(fig, title, tight=True):
     import matplotlib.pyplot as plt
-    fig.suptitle(title, fontsize=11, x=0.01, ha="left")
+    fig.suptitle(" ".join([title, *(f"({source})" for source in sorted(_SOURCES - {"full data"}))]), fontsize=11, x=0.01, ha="left")
     if tight:
         fig.tight_layout()
     plt.show()

@@ -473,3 +473,16 @@ def test_the_loader_refuses_what_it_cannot_cut():
         TensorLoader(torch.zeros(0), torch.zeros(0))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         TensorLoader(torch.zeros(3), torch.zeros(3), batch_size=0)
+
+
+@pytest.mark.parametrize("sources, mark", [({"full data"}, ""), ({"full data", "bundled sample"}, " (bundled sample)")])
+def test_every_figure_says_when_it_was_made_from_the_sample(sources, mark, monkeypatch):
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    monkeypatch.setattr(ewc_utils, "_SOURCES", sources)
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf().get_suptitle()))
+    ewc_utils.plot_lines({"EWC": ([1, 2], torch.rand(3, 2))}, "x", "y", "a finding")
+    plt.close("all")
+    assert shown == ["a finding" + mark]
