@@ -1119,8 +1119,7 @@ class _Springs:
         self.params = [p for p, _, _ in parts]
         self.fishers = [fisher.to(p.dtype) for p, fisher, _ in parts]
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
-        group_of = {p: group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
-        self.groups = [group_of.get(p) for p in self.params]
+        self.groups = _groups_of(self.params, optimizer)
         self.rates, self.pulled, self.ways = [0.0] * len(parts), None, None
 
     def max_rate(self):
@@ -1152,13 +1151,12 @@ class _Springs:
             self.rates = [0.0] * len(self.rates)
 
 
-class _KroneckerSprings:
+class _KroneckerSprings(_Springs):
     """One spring matrix per linear layer: penalty lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor."""
 
     def __init__(self, parts, lambda_ewc, optimizer):
         self.lambda_ewc, self.parts, self.rates = lambda_ewc, [], [0.0] * len(parts)
-        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        self.groups = [group_of[params[0]] for params, _, _ in parts]
+        self.groups = _groups_of([params[0] for params, _, _ in parts], optimizer)
         for params, anchors, (a, g) in parts:
             eigen = [tuple(part.to(a.dtype) for part in torch.linalg.eigh(factor.double())) for factor in (a, g)]
             self.parts.append((params, _side_by_side(anchors), a, g, *eigen))
@@ -1173,9 +1171,6 @@ class _KroneckerSprings:
             pull = self.lambda_ewc * g @ (_side_by_side(params) - anchor) @ a
             for p, part in zip(params, (pull[:, :params[0].shape[1]], pull[:, -1])):
                 p.grad = part.clone() if p.grad is None else p.grad.add_(part)
-
-    def wait(self):
-        self.rates = [rate + _rate(group) for rate, group in zip(self.rates, self.groups)]
 
     @torch.no_grad()
     def pull(self):
@@ -1193,6 +1188,12 @@ class _KroneckerSprings:
 def _side_by_side(params):
     """[weight bias], (out, in + 1), or the weight alone."""
     return torch.cat([p.detach().reshape(len(p), -1) for p in params], 1)
+
+
+def _groups_of(params, optimizer):
+    """The optimizer's group of each parameter; None without an optimizer."""
+    group_of = {p: group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
+    return [group_of.get(p) for p in params]
 
 
 def _rate(group):
@@ -1587,7 +1588,7 @@ def plot_lines(lines, xlabel, ylabel, title, *, log=False, ylim=None):
     _show(fig, title)
 
 
-def plot_matrices(matrices, title, *, rows="after task", columns="accuracy on task (%)"):
+def plot_matrices(matrices, title):
     """matrices: {label: (tasks, tasks) accuracies}, as heat maps with the percentages written in."""
     fig, axes = _figure(1, len(matrices), (2.4 * len(matrices) + 0.6, 2.9), sharey=True)
     for ax, (label, m) in zip(axes[0], matrices.items()):
@@ -1598,8 +1599,8 @@ def plot_matrices(matrices, title, *, rows="after task", columns="accuracy on ta
                     ax.text(j, i, f"{100 * m[i, j]:.0f}", ha="center", va="center", fontsize=7, color="white" if m[i, j] < 0.6 else "black")
         ax.set_title(label, fontsize=9)
         ax.set(xticks=range(m.shape[1]), xticklabels=range(1, m.shape[1] + 1), yticks=range(len(m)), yticklabels=range(1, len(m) + 1))
-        ax.set_xlabel(columns, fontsize=8)
-    axes[0][0].set_ylabel(rows, fontsize=8)
+        ax.set_xlabel("accuracy on task (%)", fontsize=8)
+    axes[0][0].set_ylabel("after task", fontsize=8)
     _show(fig, title)
 
 
