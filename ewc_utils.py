@@ -84,8 +84,7 @@ class TensorLoader:
         order = torch.randperm(len(self.x), generator=self.generator) if self.shuffle else None
         for i in range(0, len(self.x), self.batch_size):
             rows = slice(i, i + self.batch_size)
-            rows = rows if order is None else order[rows]
-            yield self.x[rows], self.y[rows]
+            yield tuple(t[rows] if order is None else t.index_select(0, order[rows].to(t.device)) for t in (self.x, self.y))
 
 
 def load_tasks(*names, root=None):
@@ -913,13 +912,35 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     Returns a scalar to add to task B's mean loss; the 1/2 is inside, so that its gradient is lambda_ewc * F * (theta -
     theta*). In a training loop, ``train_with_ewc`` gets the same gradient for less. Raises TypeError, ValueError.
     """
-    springs = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
-    terms = []
-    for p, fisher, anchor in springs:
-        wide = torch.promote_types(p.dtype, fisher.dtype)  # the Fisher of a bfloat16 model is float32
-        squares = F.mse_loss(p.to(wide), anchor.to(wide), reduction="none")  # (p - anchor)^2, in one pass each way
-        terms.append(torch.dot(squares.flatten(), fisher.to(wide).flatten()))
-    return 0.5 * lambda_ewc * torch.stack(terms).sum()
+    parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
+    params, fishers, anchors = zip(*parts)
+    return _Energy.apply(lambda_ewc, fishers, anchors, *params)[0]
+
+
+class _Energy(torch.autograd.Function):
+    """``ewc_loss``, and the pulls F (theta - theta*) that its value takes: lambda_ewc times them is its gradient, so they are kept.
+
+    They are outputs too, with a derivative of their own, so that second derivatives are right as well."""
+
+    @staticmethod
+    def forward(ctx, lambda_ewc, fishers, anchors, *params):
+        anchors = [a if a.dtype == f.dtype else a.to(torch.promote_types(a.dtype, f.dtype)) for a, f in zip(anchors, fishers)]
+        ways = torch._foreach_sub(params, anchors)  # in float32 where a model is bfloat16, as its Fisher is
+        pulls = torch._foreach_mul(ways, fishers)
+        value = torch.stack([torch.dot(way.flatten(), pull.flatten()) for way, pull in zip(ways, pulls)]).sum()
+        ctx.lambda_ewc, ctx.fishers = lambda_ewc, fishers
+        ctx.save_for_backward(*pulls)
+        ctx.set_materialize_grads(False)
+        return value * (0.5 * lambda_ewc), *pulls
+
+    @staticmethod
+    def backward(ctx, g, *g_pulls):
+        scale = None if g is None else g * ctx.lambda_ewc
+        grads = [None if g is None else pull * scale for pull in ctx.saved_tensors]
+        for i, (g_pull, fisher) in enumerate(zip(g_pulls, ctx.fishers)):
+            if g_pull is not None:  # in a second derivative
+                grads[i] = g_pull * fisher if grads[i] is None else grads[i] + g_pull * fisher
+        return None, None, None, *grads
 
 
 @torch.no_grad()
@@ -937,12 +958,13 @@ def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
     """[(parameter, Fisher, anchor)], after every name, shape, device and value was found right."""
     _check_lambda(lambda_ewc)
     params = _covered(model, parameters)
-    known = {name for name, _ in (*_unwrap(model).named_parameters(), *_unwrap(model).named_buffers())}
     for argument, given in (("fisher_dict", fisher_dict), ("optimal_params", optimal_params)):
         if not isinstance(given, Mapping):
             raise TypeError(f"{argument} must be a mapping from parameter names to tensors, got {_kind(given)}: take it from "
                             f"{'compute_fisher_information' if argument == 'fisher_dict' else 'take_anchor'}")
-        missing, extra = sorted(set(params) - set(given)), sorted(set(given) - known)
+        missing, extra = sorted(params.keys() - given.keys()), given.keys() - params.keys()
+        if extra:
+            extra = sorted(extra - {name for name, _ in (*_unwrap(model).named_parameters(), *_unwrap(model).named_buffers())})
         if missing or extra and parameters is None:
             raise ValueError(f"{argument} does not fit the model: missing {missing}, unknown {extra}. Take it from this model, or "
                              "say with parameters=[...] which of its parameters the penalty covers")
@@ -1019,6 +1041,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     """
     _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every, callback_steps)
     springs = _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, parameters)
+    springs.implicit = penalty == "implicit"
     if penalty == "explicit":
         _warn_if_unstable(optimizer, springs)
     before = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
@@ -1032,7 +1055,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 if not math.isfinite(value):
                     _give_up(before, step, springs, x)
                 whole.inside, step = True, step + 1
-                _one_step(optimizer, scheduler, springs, penalty, step % every == 0)
+                _one_step(optimizer, scheduler, springs, step % every == 0)
                 whole.leave()
                 total += value
             if step == start:
@@ -1065,7 +1088,9 @@ def run_arm(start, data, fisher_dict=None, optimal_params=None, lambda_ewc=0, *,
 
 def _loss_and_gradients(model, criterion, optimizer, x, y):
     """L_B of one batch; its gradients are then in ``.grad``."""
-    optimizer.zero_grad(set_to_none=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = None
     z = _logits(model(x))
     if isinstance(criterion, (nn.MSELoss, nn.BCEWithLogitsLoss)):
         _check_labels(criterion, z, y)  # these would broadcast, or go below 0, without an error
@@ -1080,13 +1105,16 @@ def _loss_and_gradients(model, criterion, optimizer, x, y):
 
 
 @torch.no_grad()
-def _one_step(optimizer, scheduler, springs, penalty, pull_now):
-    if penalty == "explicit":
-        springs.add_gradients()
-    else:
+def _one_step(optimizer, scheduler, springs, pull_now):
+    if springs.implicit:
         springs.wait()
+    elif springs.on_weights(optimizer):
+        springs.wait()
+        springs.pull()
+    else:
+        springs.add_gradients()
     optimizer.step()
-    if pull_now:
+    if springs.implicit and pull_now:
         springs.pull()
     if scheduler is not None:
         scheduler.step()
@@ -1114,6 +1142,8 @@ def _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, paramete
 class _Springs:
     """One spring per weight, fused over all parameters; autograd is not involved."""
 
+    implicit = False
+
     def __init__(self, parts, lambda_ewc, optimizer=None):
         self.lambda_ewc = lambda_ewc
         self.params = [p for p, _, _ in parts]
@@ -1125,6 +1155,11 @@ class _Springs:
     def max_rate(self):
         """The largest lr * lambda_ewc * F, which decides whether the explicit step is stable."""
         return max((group["lr"] * self.lambda_ewc * f.max().item() for group, f in zip(self.groups, self.fishers)), default=0.0)
+
+    def on_weights(self, optimizer):
+        """Plain SGD: its step along L_B's gradient and its step along the penalty's add up to its step along their sum, and cost less."""
+        return (type(optimizer) is torch.optim.SGD and not optimizer._optimizer_step_pre_hooks and not any(
+            group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups))
 
     def add_gradients(self):
         """grad += lambda_ewc F (theta - theta*)"""
@@ -1139,13 +1174,14 @@ class _Springs:
         self.rates = [rate + _rate(group) for rate, group in zip(self.rates, self.groups)]
 
     def pull(self):
-        """theta <- theta* + (theta - theta*) / (1 + r), r = lr lambda_ewc F: the way r / (1 + r) towards theta*."""
+        """With r = lr lambda_ewc F, the way r towards theta*; implicit: r / (1 + r), so theta <- theta* + (theta - theta*) / (1 + r)."""
         if any(self.rates):
             if self.rates != self.pulled:  # at a constant learning rate the ways stay as they are
                 self.pulled, self.ways = self.rates, torch._foreach_mul(self.fishers, [min(r * self.lambda_ewc, 1e38) for r in self.rates])
-                torch._foreach_reciprocal_(self.ways)  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
-                torch._foreach_add_(self.ways, 1)
-                torch._foreach_reciprocal_(self.ways)
+                if self.implicit:  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
+                    torch._foreach_reciprocal_(self.ways)
+                    torch._foreach_add_(self.ways, 1)
+                    torch._foreach_reciprocal_(self.ways)
             with torch.no_grad():
                 torch._foreach_lerp_(self.params, self.anchors, self.ways)
             self.rates = [0.0] * len(self.rates)
@@ -1164,6 +1200,9 @@ class _KroneckerSprings(_Springs):
     def max_rate(self):
         return max(group["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item()
                    for group, (*_, (ea, _), (eg, _)) in zip(self.groups, self.parts))
+
+    def on_weights(self, optimizer):
+        return False  # a matrix product either way
 
     def add_gradients(self):
         """grad += lambda_ewc G D A"""

@@ -56,6 +56,34 @@ def test_hessian_of_the_penalty_is_lambda_times_the_diagonal_fisher():
     torch.testing.assert_close(torch.stack(rows), 0.7 * fisher["weight"].flatten().diag())
 
 
+def test_derivatives_of_every_order_agree_with_finite_differences():
+    model = nn.Linear(3, 2).double()
+    fisher, anchor = springs(model)
+
+    def penalty(weight, bias):
+        model._parameters.update(weight=weight, bias=bias)
+        return ewc_loss(model, fisher, anchor, 0.7).sin()  # its own derivative goes through the penalty's twice
+
+    inputs = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    assert torch.autograd.gradcheck(penalty, inputs) and torch.autograd.gradgradcheck(penalty, inputs)
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_again(model):
+    fisher, anchor = springs(model)
+    loss = ewc_loss(model, fisher, anchor, 2.0)
+    first, second = (torch.autograd.grad(3 * loss, list(model.parameters()), retain_graph=keep) for keep in (True, False))
+    assert all(map(torch.equal, first, second))
+
+
+def test_penalty_of_weights_that_lie_otherwise_in_memory():
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    fisher = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    anchor = {name: torch.rand(p.shape) for name, p in model.named_parameters()}
+    ewc_loss(model, fisher, anchor, 2.0).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * fisher[name] * (p.detach() - anchor[name]))
+
+
 def test_anchor_does_not_move_with_the_weights(model):
     anchor = take_anchor(model)
     kept = {name: t.clone() for name, t in anchor.items()}

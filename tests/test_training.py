@@ -20,6 +20,8 @@ from ewc_utils import SimpleMLP, TensorLoader, compute_fisher_information, ewc_l
 CE = nn.CrossEntropyLoss()
 OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1),
+    "weight decay": lambda ps: torch.optim.SGD(ps, lr=0.1, weight_decay=0.3),
+    "rates": lambda ps: torch.optim.SGD([{"params": [p], "lr": 0.1 / (i + 1)} for i, p in enumerate(ps)]),
     "momentum": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
     "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01),
@@ -92,6 +94,17 @@ def test_explicit_step_equals_a_loop_with_ewc_loss_as_a_term(name):
                            penalty=lambda: ewc_loss(twin, fisher, anchor, 3.0))
     assert_same(model, weights[-1])
     assert losses == pytest.approx([sum(own[i:i + 7]) / 7 for i in (0, 7, 14)], rel=1e-9)  # L_B alone, without the penalty
+
+
+def test_explicit_gradient_is_there_for_a_hook_that_clips_it():
+    model, twin = network(), network()
+    fisher, anchor = springs(model)
+    optimizers = [OPTIMIZERS["SGD"](m.parameters()) for m in (model, twin)]
+    for m, optimizer in zip((model, twin), optimizers):
+        optimizer.register_step_pre_hook(lambda *_, m=m: nn.utils.clip_grad_norm_(m.parameters(), 0.5) and None)
+    train_with_ewc(model, batches(), CE, optimizers[0], fisher, anchor, 3.0)
+    weights, _ = by_hand(twin, batches(), CE, optimizers[1], penalty=lambda: ewc_loss(twin, fisher, anchor, 3.0))
+    assert_same(model, weights[-1])
 
 
 class Noisy(nn.Module):
