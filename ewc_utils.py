@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
 
@@ -381,7 +381,7 @@ class _Likelihood:
         if self.labels == "sampled":
             self.generator = self.generators.setdefault(route, torch.Generator(z.device).manual_seed(self.seed + 10007 * _rank()))
         for v in {"categorical": self._categorical, "Bernoulli": self._bernoulli, "Gaussian": self._gaussian}[self.family](wide, y):
-            yield v.to(z.dtype).view_as(z)
+            yield v.to(z.dtype).reshape(z.shape)
 
     def _categorical(self, z, y):
         p, y = z.reshape(*z.shape[:2], -1).softmax(1), y.reshape(len(z), -1)  # (n, C, T) and (n, T)
@@ -397,13 +397,16 @@ class _Likelihood:
             return
         if n_classes == 1:
             yield torch.zeros_like(p)
-        q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # q_c: the probability of class c or a later one
-        weight, classes = (p[:, :-1] / q[:, :-1] * q[:, 1:]).sqrt() * kept.unsqueeze(1), torch.arange(n_classes, device=p.device)
+        p = p.movedim(1, 0).contiguous()  # class by class in memory: (C, n, T)
+        q = p.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(p.dtype).tiny)  # q_c: the probability of class c or a later one
+        own = (p[:-1] / q[:-1] * q[1:]).sqrt() * kept
+        later = -own / q[1:]
+        above, classes = p.new_ones(n_classes, n_classes).triu(1), torch.arange(n_classes, device=p.device)
         for t in range(n_positions):  # class c against the later ones, at one position at a time: C - 1 directions are enough
-            for some in classes[:-1].split(8):
-                later = (classes > some.unsqueeze(1)).unsqueeze(1) * p[:, :, t] / q[:, some + 1, t].T.unsqueeze(2)
-                vs = (F.one_hot(some, n_classes).unsqueeze(1) - later) * weight[:, some, t].T.unsqueeze(2)
-                yield from vs if n_positions == 1 else F.pad(vs.unsqueeze(3), (t, n_positions - 1 - t))
+            for some in classes[:-1].split(max(1, 128 // n_classes)):
+                vs = p[:, :, t] * (later[some, None, :, t] * above[some].unsqueeze(2))
+                vs[torch.arange(len(some)), some] = own[some, :, t]
+                yield from vs.mT if n_positions == 1 else F.pad(vs.mT.unsqueeze(3), (t, n_positions - 1 - t))
 
     def _bernoulli(self, z, y):
         p = z.sigmoid()
@@ -534,12 +537,15 @@ def _squares_by_closed_form(model, params, x, directions):
     """The same by one product per layer: the forward pass records each layer's input, autograd goes only as far as its output."""
     layers = _owned(model, params)
     z, calls = _forward_recorded(model, layers, x)
+    takers = _takers(z)
+    calls = {layer: [_behind_activation(call, takers) for call in used] if _one_position(layer, used) else used for layer, used in calls.items()}
     rules = {layer: _rule(layer, used) for layer, used in calls.items()}
     edges = [call.edge for used in calls.values() for call in used]
     zeros = [call.zeros for used in calls.values() for call in used]
+    wide = [_wide(zero.dtype) for zero in zeros]
     for v in directions(z.detach()):
         grads = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True)
-        grads = iter([zero if g is None else g.to(_wide(g.dtype)) for g, zero in zip(grads, zeros)])
+        grads = iter([(zero if g is None else g).to(dtype) for g, zero, dtype in zip(grads, zeros, wide)])
         for layer, rule in rules.items():
             rule.add([next(grads) for _ in calls[layer]])
         del grads  # its memory, still in the cache, serves the next direction
@@ -548,11 +554,14 @@ def _squares_by_closed_form(model, params, x, directions):
 
 
 class _Call(NamedTuple):
-    """One use of a layer: its input, where its output leaves it in the graph, and a zero gradient of that output."""
+    """One use of a layer: its input, whether gradients go on to it, where the output leaves the layer in the graph, and a zero
+    gradient of that output. Taken behind an ``activation``, a squared gradient still lacks the square of its derivative."""
 
     input: torch.Tensor
+    goes_on: bool
     edge: object
     zeros: torch.Tensor
+    activation: object = None
 
 
 def _forward_recorded(model, layers, x):
@@ -564,8 +573,9 @@ def _forward_recorded(model, layers, x):
         if not output.requires_grad:  # used under torch.no_grad
             return
         a = args[0].detach()
-        zeros = torch.zeros((), dtype=_wide(output.dtype), device=output.device).expand(output.shape)
-        calls.setdefault(layer, []).append(_Call(a if a.dtype == torch.long else a.to(_wide(a.dtype)), get_gradient_edge(output), zeros))
+        zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
+        a = a if a.dtype == torch.long else a.to(_wide(a.dtype))
+        calls.setdefault(layer, []).append(_Call(a, args[0].requires_grad, get_gradient_edge(output), zeros))
 
     hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
@@ -574,22 +584,39 @@ def _forward_recorded(model, layers, x):
     finally:
         for hook in hooks:
             hook.remove()
-    uses = _uses(z)
+    takers = _takers(z)
     return z, {layer: used for layer, used in calls.items() if all(len(call.input) == len(x) for call in used)
-               and all(uses.get(layer._parameters[own], 0) <= len(used) for own in layers[layer])}
+               and all(len(takers.get(layer._parameters[own], ())) <= len(used) for own in layers[layer])}
 
 
-def _uses(z):
-    """{parameter: how many operations of the graph that ends in z take it}."""
-    counts, seen, nodes = {}, set(), [z.grad_fn]
+def _takers(z):
+    """{parameter or operation: the operations of the graph that ends in z that take it}."""
+    takers, nodes = {}, [z.grad_fn]
     while nodes:
-        for node, _ in getattr(nodes.pop(), "next_functions", ()):
-            if hasattr(node, "variable"):
-                counts[node.variable] = counts.get(node.variable, 0) + 1
-            elif node not in seen:
-                seen.add(node)
+        taker = nodes.pop()
+        for node, _ in getattr(taker, "next_functions", ()):
+            key = getattr(node, "variable", node)
+            if key is node and node not in takers:
                 nodes.append(node)
-    return counts
+            takers.setdefault(key, []).append(taker)
+    return takers
+
+
+_ACTIVATIONS = {f"{name}Backward{i}" for name in ("Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Tanh", "Sigmoid") for i in (0, 1)}
+
+
+def _behind_activation(call, takers):
+    """In a first layer, take the gradients behind the activation that follows, whose derivative then counts once, not per direction."""
+    after = takers.get(call.edge.node, ())
+    narrow = call.zeros.dtype != _wide(call.zeros.dtype)
+    if call.goes_on or narrow or len(after) != 1 or type(after[0]).__name__ not in _ACTIVATIONS:
+        return call
+    return call._replace(edge=GradientEdge(after[0], 0), activation=after[0])
+
+
+def _one_position(layer, calls):
+    """A linear layer, used once, one position per example."""
+    return isinstance(layer, nn.Linear) and len(calls) == 1 and calls[0].input.dim() == 2
 
 
 def _owned(model, params):
@@ -609,9 +636,9 @@ def _owned(model, params):
 class _Rule:
     """Per-example squared gradients of one layer, from its inputs a and the gradients g of its outputs, summed."""
 
-    def __init__(self, layer, inputs):
-        self.layer, self.sums = layer, {}
-        self.prepare(inputs)
+    def __init__(self, layer, calls):
+        self.layer, self.sums, self.activation = layer, {}, calls[0].activation
+        self.prepare([call.input for call in calls])
 
     def add(self, gs):
         for own, squares in self.squares(gs).items():
@@ -630,8 +657,10 @@ class _ProductRule(_Rule):
     def add(self, gs):
         self.sums = self.sums.addcmul_(gs[0], gs[0]) if torch.is_tensor(self.sums) else gs[0].square()
 
+    @torch.no_grad()
     def totals(self):
-        return {"weight": self.sums.T @ self.a.square(), "bias": self.sums.sum(0)}
+        sums = self.sums if self.activation is None else self.activation(self.activation(self.sums))
+        return {"weight": sums.T @ self.a.square(), "bias": sums.sum(0)}
 
 
 class _PositionsRule(_Rule):
@@ -711,8 +740,7 @@ _RULES = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), _PositionsRule) | {nn.
 
 
 def _rule(layer, calls):
-    one_position = isinstance(layer, nn.Linear) and len(calls) == 1 and calls[0].input.dim() == 2
-    return (_ProductRule if one_position else _RULES[type(layer)])(layer, [call.input for call in calls])
+    return (_ProductRule if _one_position(layer, calls) else _RULES[type(layer)])(layer, calls)
 
 
 def _chunk_size(model, params, routes, x, max_bytes):
@@ -864,7 +892,7 @@ def _checked_trainable(model):
 
 
 def _check_finite_output(z, x):
-    if not torch.isfinite(z).all():
+    if not all(map(math.isfinite, _range(z))):
         where = "the inputs x hold NaN or infinite values: clean the data" if not torch.isfinite(x).all() else "the inputs are finite: lower the scale of the weights or inputs"
         raise ValueError(f"the model's outputs are not finite, and {where}")
 
@@ -886,10 +914,21 @@ def _check_labels(criterion, z, y):
     wanted = (z.shape[0], *z.shape[2:]) if categorical else tuple(z.shape)
     if family and tuple(y.shape) != wanted:
         raise ValueError(f"labels y have shape {tuple(y.shape)}, logits {tuple(z.shape)} want {wanted}: reshape y or the outputs")
-    kept = y[y != criterion.ignore_index] if categorical else y
     low, high = (0, z.shape[1] - 1) if categorical else (0, 1) if family == "Bernoulli" else (-math.inf, math.inf)
-    if family and kept.numel() and not (kept.min() >= low and kept.max() <= high):
-        raise ValueError(f"labels y must lie in {low}..{high}, got {kept.min().item()}..{kept.max().item()}: map them to that range")
+    if family and not _lies_in(y, low, high):
+        y = y[y != criterion.ignore_index] if categorical else y
+        if not _lies_in(y, low, high):
+            raise ValueError("labels y must lie in {}..{}, got {}..{}: map them to that range".format(low, high, *_range(y)))
+
+
+def _range(t):
+    """The smallest and the largest element; NaN where there is one."""
+    return (t.min().item(), t.max().item()) if t.numel() else (0, 0)
+
+
+def _lies_in(t, low, high):
+    smallest, largest = _range(t)
+    return t.numel() == 0 or low <= smallest <= largest <= high
 
 
 def _check_scalar(loss, criterion):

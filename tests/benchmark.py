@@ -149,7 +149,7 @@ def plain_pass(model, x, y):
 
 
 def ours(model, x, y, labels):
-    return ewc.compute_fisher_information(model, ewc.TensorLoader(x, y, 1000, shuffle=False), CROSS_ENTROPY, labels=labels)
+    return ewc.compute_fisher_information(model, ewc.TensorLoader(x, y, 1500, shuffle=False), CROSS_ENTROPY, labels=labels)
 
 
 def by_loop(model, x, y, labels):
