@@ -273,6 +273,17 @@ def _logits(output):
     return output
 
 
+def _outputs(model, x, argument):
+    """The logits; where the model cannot take x, torch's error says also what x was."""
+    try:
+        return _logits(model(x))
+    except (RuntimeError, IndexError) as error:
+        if type(error) not in (RuntimeError, IndexError):  # out of memory on a GPU, say
+            raise
+        raise type(error)(f"the model fails on the inputs x of {argument}, {tuple(x.shape)} {x.dtype}: {error}. Give x the shape, "
+                          "type and values that its first layer takes") from error
+
+
 @contextlib.contextmanager
 def _evaluating(model):
     """Evaluation mode inside; every module's own mode again outside, whatever happens."""
@@ -324,7 +335,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     model, params = _unwrap(model), _checked_trainable(model)
     totals = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
     count, routes, shape, chunk = 0, None, None, 3
-    with _undisturbed(model):
+    with _together(params), _undisturbed(model):
         for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: max(3, chunk // 2)):
             routes = routes or _choose_routes(model, params, x)
             if x.shape[1:] != shape:
@@ -356,7 +367,7 @@ class _Likelihood:
     def __init__(self, criterion, labels, seed):
         if labels not in LABELS:
             raise ValueError(f"labels must be one of {LABELS}, got {labels!r}: 'exact' is the Fisher itself")
-        self.criterion = criterion = _FUNCTIONS.get(criterion, lambda: criterion)() if callable(criterion) else criterion
+        self.criterion = criterion = _as_module(criterion)
         self.family, self.labels, self.seed, self.generators = _FAMILIES.get(type(criterion)), labels, seed, {}
         _check_criterion(criterion)
         refused = [name for name in ("weight", "pos_weight", "label_smoothing")
@@ -437,6 +448,11 @@ class _Likelihood:
         return int(self.counted(y).sum())
 
 
+def _as_module(criterion):
+    """nn.CrossEntropyLoss() for F.cross_entropy and so on; anything else as it is."""
+    return next((module() for function, module in _FUNCTIONS.items() if criterion is function), criterion)
+
+
 def _one_at_a_time(values):
     """Each output element of every example alone, the others 0: values like z, (n, ...)."""
     flat = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
@@ -450,7 +466,7 @@ def _choose_routes(model, params, x):
     """The fastest route for each parameter that agrees with autograd, one example at a time, on up to three examples."""
     x = x[:3]
     with torch.enable_grad():
-        z, *alone = [torch.atleast_1d(_logits(model(rows))) for rows in (x, *x.split(1))]
+        z, *alone = [torch.atleast_1d(_outputs(model, rows, "data_loader")) for rows in (x, *x.split(1))]
     _check_finite_output(z, x)
     if not z.requires_grad:
         raise ValueError("the model's outputs do not depend on any trainable parameter: let forward compute its outputs with gradients, "
@@ -788,14 +804,35 @@ def _groups(items, size):
         yield group
 
 
+@contextlib.contextmanager
+def _together(params):
+    """Under torch.distributed, an error inside on one process is an error on all: none is left waiting for the others' sums."""
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    if _is_distributed():
+        anywhere = torch.tensor(float(failed is not None), device=next(iter(params.values())).device)
+        torch.distributed.all_reduce(anywhere)
+        if anywhere and failed is None:
+            raise RuntimeError(f"the Fisher failed on {int(anywhere)} other process(es): the error there says why")
+    if failed is not None:
+        raise failed
+
+
+def _is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _rank():
     """This process's number under torch.distributed, else 0."""
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if _is_distributed() else 0
 
 
 def _mean_over_processes(totals, count):
     """totals / count; under torch.distributed both are first summed over the processes, each having its share of the data."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_distributed():
         device = next(iter(totals.values())).device
         counted = torch.tensor(float(count), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
         for tensor in (counted, *totals.values()):
@@ -831,14 +868,22 @@ def _batches(data_loader, params, n_samples=None, seed=0, argument="data_loader"
 
 def _drawn(batches, n, seed):
     """n of all examples, uniformly and without replacement: those with the n smallest of independent random keys."""
-    generator, kept = torch.Generator().manual_seed(seed), None
+    generator, pieces, held = torch.Generator().manual_seed(seed), [], 0
     for x, y in batches:
-        fresh = (torch.rand(len(x), generator=generator, dtype=torch.float64), x, y)
-        kept = fresh if kept is None else tuple(map(torch.cat, zip(kept, fresh)))
-        best = kept[0].argsort()[:n]
-        kept = tuple(part[best.to(part.device)] for part in kept)
-    if kept is not None:
-        yield kept[1:]
+        pieces.append((torch.rand(len(x), generator=generator, dtype=torch.float64), x, y))
+        held += len(x)
+        if held > 2 * n:  # now and then, so that each example is copied about once
+            pieces, held = _first(pieces, n), n
+    for _, x, y in _first(pieces, n):
+        yield x, y
+
+
+def _first(pieces, n):
+    """Of all (keys, x, y) the n examples with the smallest keys."""
+    keys = torch.cat([keys for keys, _, _ in pieces]) if pieces else torch.ones(1)
+    last = keys.kthvalue(min(n, len(keys))).values
+    chosen = [tuple(part[(piece[0] <= last).to(part.device)] for part in piece) for piece in pieces]
+    return [piece for piece in chosen if len(piece[0])]
 
 
 def _merged(batches, size):
@@ -1079,6 +1124,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     a weight turns non-finite, with the weights put back to where they started.
     """
     _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every, callback_steps)
+    criterion = _as_module(criterion)
     springs = _springs(model, optimizer, fisher_dict, optimal_params, lambda_ewc, parameters)
     springs.implicit = penalty == "implicit"
     if penalty == "explicit":
@@ -1130,7 +1176,7 @@ def _loss_and_gradients(model, criterion, optimizer, x, y):
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = None
-    z = _logits(model(x))
+    z = _outputs(model, x, "train_loader")
     if isinstance(criterion, (nn.MSELoss, nn.BCEWithLogitsLoss)):
         _check_labels(criterion, z, y)  # these would broadcast, or go below 0, without an error
     try:
@@ -1233,7 +1279,8 @@ class _KroneckerSprings(_Springs):
         self.lambda_ewc, self.parts, self.rates = lambda_ewc, [], [0.0] * len(parts)
         self.groups = _groups_of([params[0] for params, _, _ in parts], optimizer)
         for params, anchors, (a, g) in parts:
-            eigen = [tuple(part.to(a.dtype) for part in torch.linalg.eigh(factor.double())) for factor in (a, g)]
+            wide = [(factor.cpu() if factor.is_mps else factor).double() for factor in (a, g)]  # MPS has no float64
+            eigen = [tuple(part.to(a) for part in torch.linalg.eigh(factor)) for factor in wide]
             self.parts.append((params, _side_by_side(anchors), a, g, *eigen))
 
     def max_rate(self):
@@ -1313,6 +1360,9 @@ def _check_training(model, train_loader, criterion, optimizer, epochs, penalty, 
         raise ValueError(f"every must be a whole number of at least 1, and 1 with penalty='explicit', got {every!r}")
     if isinstance(callback_steps, int) and callback_steps < 1:
         raise ValueError(f"callback_steps must be at least 1, or a collection of steps, got {callback_steps!r}")
+    if isinstance(optimizer, torch.optim.LBFGS) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be a torch.optim optimizer that steps without a closure, got {_kind(optimizer)}: pass "
+                        "torch.optim.SGD(model.parameters(), lr=0.1), say")
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     lost = sorted(name for name, p in params.items() if p not in owned)
     if lost:
@@ -1463,7 +1513,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", n
     if lost:
         raise ValueError(f"model has trainable parameters outside nn.Linear layers, {lost}: freeze them, or take the diagonal Fisher")
     sums, count = {}, 0
-    with _undisturbed(model):
+    with _together(params), _undisturbed(model):
         for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: 1000):
             for a, b in zip(x.split(2000), y.split(2000)):
                 _add_factors(model, layers, likelihood, a, b, sums)

@@ -45,6 +45,10 @@ def process(rank, folder):
         compute_fisher_information(model, [], nn.CrossEntropyLoss())
     except ValueError as error:
         found["no data"] = str(error)
+    try:  # the second process alone holds a bad image
+        compute_fisher_information(model, [(x if rank == 0 else x * float("nan"), y)], nn.CrossEntropyLoss())
+    except (RuntimeError, ValueError) as error:
+        found["bad data in one"] = f"{type(error).__name__}: {error}"
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -75,6 +79,11 @@ def test_processes_draw_labels_of_their_own(results):
     model, x, y = setting()
     alone = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), labels="sampled")
     assert not any(torch.allclose(results[0]["sampled"][name], alone[name]) for name in alone)
+
+
+def test_an_error_in_one_process_is_one_in_all(results):
+    assert "RuntimeError: the Fisher failed on 1 other process(es)" in results[0]["bad data in one"]
+    assert "ValueError: the model's outputs are not finite" in results[1]["bad data in one"]
 
 
 def test_no_data_anywhere_is_an_error_in_every_process(results):

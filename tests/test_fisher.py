@@ -281,6 +281,27 @@ def test_n_samples_draws_uniformly_and_without_replacement():
     assert deviation.abs().max() < 5
 
 
+def test_n_samples_draws_alike_from_batches_of_several_lengths():
+    """Sequences of 2 and of 3 tokens, each of its own word, so that the embedding's Fisher shows which were drawn."""
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(6, 1)
+
+        def forward(self, x):
+            return self.words(x).sum(1)
+
+    torch.manual_seed(0)
+    model, y, counts, runs = Bag(), torch.zeros(3, 1), torch.zeros(6), 400
+    batches = [(torch.tensor([[0] * 2, [1] * 2, [2] * 2]), y), (torch.tensor([[3] * 3, [4] * 3, [5] * 3]), y)]
+    for seed in range(runs):
+        drawn = compute_fisher_information(model, batches, nn.MSELoss(), n_samples=2, seed=seed)["words.weight"][:, 0]
+        drawn /= torch.tensor([4.0] * 3 + [9.0] * 3)  # 2 (length)^2 over 2 examples
+        assert sorted(drawn.tolist()) == pytest.approx([0, 0, 0, 0, 1, 1])
+        counts += drawn
+    assert ((counts - runs / 3) / math.sqrt(runs * (1 / 3) * (2 / 3))).abs().max() < 5
+
+
 def test_n_samples_repeats_and_more_than_all_is_all():
     model, (x, y) = small_mlp(), data(20)
     def fisher(n, **how):

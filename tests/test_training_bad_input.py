@@ -187,6 +187,12 @@ def test_a_loader_that_yields_something_else(setting, thing, kind):
     refused(setting, TypeError, "train_loader must yield batches (x, y) of tensors", kind, "wrap it")
 
 
+@pytest.mark.parametrize("x", [torch.ones(8, 6), X.double()], ids=["too wide", "float64"])
+def test_inputs_that_the_model_cannot_take(setting, x):
+    setting.train_loader = [(x, Y)]
+    refused(setting, RuntimeError, f"inputs x of train_loader, {tuple(x.shape)} {x.dtype}", "Give x the shape")
+
+
 def test_inputs_and_labels_of_different_lengths(setting):
     setting.train_loader = [(X, Y[:5])]
     refused(setting, ValueError, "train_loader gave 8 inputs with labels of shape (5,)")
@@ -216,8 +222,9 @@ def test_non_finite_weights(setting):
     (Y.int(), TypeError, ("class indices (int64)", "torch.int32", "y.long()")),
     (Y.unsqueeze(1), ValueError, ("labels y have shape (8, 1)", "logits (8, 3) want (8,)", "reshape")),
 ], ids=["too large", "negative", "float", "int32", "column"])
-def test_labels_that_do_not_fit_the_classes(setting, y, error, parts):
-    setting.train_loader = [(X, y)]
+@pytest.mark.parametrize("criterion", [CE, nn.functional.cross_entropy], ids=["module", "function"])
+def test_labels_that_do_not_fit_the_classes(setting, y, error, parts, criterion):
+    setting.train_loader, setting.criterion = [(X, y)], criterion
     refused(setting, error, *parts)
 
 
@@ -226,6 +233,7 @@ def test_labels_that_do_not_fit_the_classes(setting, y, error, parts):
     (nn.MSELoss(), torch.zeros(8), ("labels y have shape (8,)", "(8, 3)")),
     (nn.MSELoss(), torch.zeros(8, 1), ("labels y have shape (8, 1)", "(8, 3)")),
     (nn.MSELoss(), torch.full((8, 3), float("nan")), ("labels y", "got nan")),
+    (nn.functional.mse_loss, torch.zeros(8), ("labels y have shape (8,)", "(8, 3)")),
     (nn.BCEWithLogitsLoss(), torch.zeros(8, 1), ("labels y have shape (8, 1)", "(8, 3)")),
     (nn.BCEWithLogitsLoss(), torch.full((8, 3), 2.0), ("labels y must lie in 0..1", "got 2.0")),
     (nn.BCEWithLogitsLoss(), torch.full((8, 3), -1.0), ("labels y must lie in 0..1", "got -1.0")),
@@ -254,6 +262,13 @@ def test_a_criterion_that_returns_one_number_per_example(setting):
 def test_a_criterion_that_cannot_be_called(setting, criterion):
     setting.criterion = criterion
     refused(setting, TypeError, "criterion must be callable", type(criterion).__name__, "nn.CrossEntropyLoss()")
+
+
+def test_what_is_no_optimizer_or_needs_a_closure(setting):
+    for optimizer in (None, "SGD", torch.optim.LBFGS(setting.model.parameters())):
+        setting.optimizer = optimizer
+        with pytest.raises(TypeError, match=f"optimizer must be a torch.optim optimizer.* got {type(optimizer).__name__}: pass torch.optim.SGD"):
+            setting.train()
 
 
 def test_an_optimizer_of_another_model(setting):
