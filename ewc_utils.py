@@ -416,7 +416,7 @@ class _Likelihood:
         for t in range(n_positions):  # class c against the later ones, at one position at a time: C - 1 directions are enough
             for some in classes[:-1].split(max(1, 128 // n_classes)):
                 vs = p[:, :, t] * (later[some, None, :, t] * above[some].unsqueeze(2))
-                vs[torch.arange(len(some)), some] = own[some, :, t]
+                vs[classes[:len(some)], some] = own[some, :, t]
                 yield from vs.mT if n_positions == 1 else F.pad(vs.mT.unsqueeze(3), (t, n_positions - 1 - t))
 
     def _bernoulli(self, z, y):
@@ -1281,7 +1281,7 @@ class _KroneckerSprings(_Springs):
         for params, anchors, (a, g) in parts:
             wide = [(factor.cpu() if factor.is_mps else factor).double() for factor in (a, g)]  # MPS has no float64
             eigen = [tuple(part.to(a) for part in torch.linalg.eigh(factor)) for factor in wide]
-            self.parts.append((params, _side_by_side(anchors), a, g, *eigen))
+            self.parts.append((params, _side_by_side(anchors, a.dtype), a, g, *eigen))
 
     def max_rate(self):
         return max(group["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item()
@@ -1293,16 +1293,16 @@ class _KroneckerSprings(_Springs):
     def add_gradients(self):
         """grad += lambda_ewc G D A"""
         for params, anchor, a, g, *_ in self.parts:
-            pull = self.lambda_ewc * g @ (_side_by_side(params) - anchor) @ a
+            pull = self.lambda_ewc * g @ (_side_by_side(params, a.dtype) - anchor) @ a
             for p, part in zip(params, (pull[:, :params[0].shape[1]], pull[:, -1])):
-                p.grad = part.clone() if p.grad is None else p.grad.add_(part)
+                p.grad = part.to(p.dtype, copy=True) if p.grad is None else p.grad.add_(part)
 
     @torch.no_grad()
     def pull(self):
         """The same proximal step, element by element in the basis of the eigenvectors of A and G."""
         if any(self.rates):
             for rate, (params, anchor, _, _, (ea, qa), (eg, qg)) in zip(self.rates, self.parts):
-                d = qg.T @ (_side_by_side(params) - anchor) @ qa
+                d = qg.T @ (_side_by_side(params, anchor.dtype) - anchor) @ qa
                 d /= 1 + min(rate * self.lambda_ewc, 1e38) * torch.outer(eg, ea).clamp_(min=0)
                 moved = anchor + qg @ d @ qa.T
                 for p, part in zip(params, (moved[:, :params[0].shape[1]], moved[:, -1])):
@@ -1310,9 +1310,9 @@ class _KroneckerSprings(_Springs):
             self.rates = [0.0] * len(self.rates)
 
 
-def _side_by_side(params):
+def _side_by_side(params, dtype):
     """[weight bias], (out, in + 1), or the weight alone."""
-    return torch.cat([p.detach().reshape(len(p), -1) for p in params], 1)
+    return torch.cat([p.detach().reshape(len(p), -1).to(dtype) for p in params], 1)
 
 
 def _groups_of(params, optimizer):
@@ -1532,6 +1532,7 @@ def _add_factors(model, layers, likelihood, x, y, sums):
     edges = [calls[layer][0].edge for layer in layers]
     for v in likelihood.directions(z.detach(), y):
         for name, g in zip(layers.values(), torch.autograd.grad(z, edges, v, retain_graph=True)):
+            g = g.to(_wide(g.dtype))
             sums[name, "G"] = sums.get((name, "G"), 0) + g.T @ g
     for layer, name in layers.items():
         a = calls[layer][0].input[likelihood.counted(y)]

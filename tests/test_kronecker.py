@@ -252,6 +252,22 @@ def to_float(part):
     return part.float() if part.is_floating_point() else part
 
 
+@pytest.mark.parametrize("penalty", ["explicit", "implicit"])
+def test_a_bfloat16_model_gets_float32_factors_and_is_pulled_alike(penalty):
+    torch.manual_seed(0)
+    wide, (x, y) = SimpleMLP(6, 5, 3), (torch.randn(60, 6), torch.randint(3, (60,)))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, data = copy.deepcopy(wide).to(dtype), [(x.to(dtype), y)]
+        factors = compute_kronecker_fisher(model, data, nn.CrossEntropyLoss())
+        assert all(f.dtype == torch.float32 for pair in factors.values() for f in pair)
+        anchor = {name: p + 0.5 for name, p in take_anchor(model).items()}
+        train_with_ewc(model, data, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.2), factors, anchor, 2.0, epochs=9, penalty=penalty)
+        results.append(torch.cat([p.float().flatten() for p in model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in wide.parameters()])
+    assert (results[1] - results[0]).norm() < 0.05 * (results[0] - start).norm()
+
+
 def test_every_sums_the_rates_of_each_parameter_group():
     model = network()
     factors, anchor, batches = task_b(model)
