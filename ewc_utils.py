@@ -249,7 +249,7 @@ def take_anchor(model):
 def _unwrap(model):
     """The module inside DistributedDataParallel, DataParallel and torch.compile, which has the plain names."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner = getattr(model, "_modules", {}).get("_orig_mod")
         if inner is None and isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
         if inner is None:
@@ -263,6 +263,8 @@ def _trainable(model):
 
 def _logits(output):
     """The prediction in what a model returns: a tensor, ``.logits``, ["logits"], or the first of a tuple."""
+    if torch.is_tensor(output):
+        return output
     if isinstance(output, Mapping):
         output = output.get("logits")
     output = getattr(output, "logits", output)
@@ -554,7 +556,8 @@ def _squares_by_closed_form(model, params, x, directions):
     layers = _owned(model, params)
     z, calls = _forward_recorded(model, layers, x)
     takers = _takers(z)
-    calls = {layer: [_behind_activation(call, takers) for call in used] if _one_position(layer, used) else used for layer, used in calls.items()}
+    calls = {layer: [_behind_activation(call, takers) for call in used] if _one_position(layer, used) else used
+             for layer, used in calls.items()}
     rules = {layer: _rule(layer, used) for layer, used in calls.items()}
     edges = [call.edge for used in calls.values() for call in used]
     zeros = [call.zeros for used in calls.values() for call in used]
@@ -1002,28 +1005,32 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
 
 
 class _Energy(torch.autograd.Function):
-    """``ewc_loss``, and the pulls F (theta - theta*) that its value takes: lambda_ewc times them is its gradient, so they are kept.
+    """``ewc_loss``, and the pulls lambda_ewc F (theta - theta*) that its value takes: they are its gradient, so they are kept.
 
     They are outputs too, with a derivative of their own, so that second derivatives are right as well."""
 
     @staticmethod
     def forward(ctx, lambda_ewc, fishers, anchors, *params):
-        anchors = [a if a.dtype == f.dtype else a.to(torch.promote_types(a.dtype, f.dtype)) for a, f in zip(anchors, fishers)]
-        ways = torch._foreach_sub(params, anchors)  # in float32 where a model is bfloat16, as its Fisher is
-        pulls = torch._foreach_mul(ways, fishers)
-        value = torch.stack([torch.dot(way.flatten(), pull.flatten()) for way, pull in zip(ways, pulls)]).sum()
-        ctx.lambda_ewc, ctx.fishers = lambda_ewc, fishers
+        ctx.lambda_ewc, ctx.fishers, pulls, terms, zero = lambda_ewc, fishers, [], [], fishers[0].new_zeros(())
+        for p, fisher, anchor in zip(params, fishers, anchors):
+            if anchor.dtype != fisher.dtype:  # a model in bfloat16 has a Fisher in float32
+                anchor = anchor.to(torch.promote_types(anchor.dtype, fisher.dtype))
+            way = p - anchor
+            pulls.append(torch.addcmul(zero, way, fisher, value=lambda_ewc))
+            terms.append(torch.dot(way.flatten(), pulls[-1].flatten()))
         ctx.save_for_backward(*pulls)
         ctx.set_materialize_grads(False)
-        return value * (0.5 * lambda_ewc), *pulls
+        return 0.5 * torch.stack(terms).sum(), *pulls
 
     @staticmethod
     def backward(ctx, g, *g_pulls):
-        scale = None if g is None else g * ctx.lambda_ewc
-        grads = [None if g is None else pull * scale for pull in ctx.saved_tensors]
+        grads = list(ctx.saved_tensors)
+        if g is None or torch.is_grad_enabled() or not g.is_cpu or g.item() != 1:  # it is 1 where the penalty is a term of the loss
+            grads = [None if g is None else g * pull for pull in grads]
         for i, (g_pull, fisher) in enumerate(zip(g_pulls, ctx.fishers)):
             if g_pull is not None:  # in a second derivative
-                grads[i] = g_pull * fisher if grads[i] is None else grads[i] + g_pull * fisher
+                more = ctx.lambda_ewc * g_pull * fisher
+                grads[i] = more if grads[i] is None else grads[i] + more
         return None, None, None, *grads
 
 
@@ -1109,8 +1116,9 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     train_loader    any iterable of (x, y) batches, gone through ``epochs`` times.
     fisher_dict, optimal_params, lambda_ewc, parameters    as in ``ewc_loss``; or a Kronecker-factored Fisher. lambda_ewc = 0
                     is the control: the same bits as training without a penalty; both dictionaries may then be None.
-    penalty         "explicit" adds lambda_ewc F (theta - theta*) to the gradient, as the textbook has it. With SGD that is
-                    stable only while lr * lambda_ewc * max F < 2 (1 + momentum); a warning says so beforehand.
+    penalty         "explicit" adds lambda_ewc F (theta - theta*) to the gradient, as the textbook has it; for plain SGD straight to
+                    the weights, times -lr, which is the same step. With SGD it is stable only while lr * lambda_ewc * max F < 2 (1 +
+                    momentum); a warning says so beforehand.
                     "implicit" takes the optimizer's step on L_B, then theta <- theta* + (theta - theta*) / (1 + lr lambda_ewc F),
                     the penalty's proximal step: stable for every lambda_ewc, and no optimizer rescales it. With momentum, lr / (1 -
                     momentum) stands for lr: so far a gradient carries in the end, and both forms have one minimum.
@@ -1234,12 +1242,12 @@ class _Springs:
         self.params = [p for p, _, _ in parts]
         self.fishers = [fisher.to(p.dtype) for p, fisher, _ in parts]
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
-        self.groups = _groups_of(self.params, optimizer)
-        self.rates, self.pulled, self.ways = [0.0] * len(parts), None, None
+        self.groups, self.group_of = _groups_of(self.params, optimizer)
+        self.rates, self.pulled, self.ways = [0.0] * len(self.groups), None, None
 
     def max_rate(self):
         """The largest lr * lambda_ewc * F, which decides whether the explicit step is stable."""
-        return max((group["lr"] * self.lambda_ewc * f.max().item() for group, f in zip(self.groups, self.fishers)), default=0.0)
+        return max((self.groups[i]["lr"] * self.lambda_ewc * f.max().item() for i, f in zip(self.group_of, self.fishers)), default=0.0)
 
     def on_weights(self, optimizer):
         """Plain SGD: its step along L_B's gradient and its step along the penalty's add up to its step along their sum, and cost less."""
@@ -1262,7 +1270,8 @@ class _Springs:
         """With r = lr lambda_ewc F, the way r towards theta*; implicit: r / (1 + r), so theta <- theta* + (theta - theta*) / (1 + r)."""
         if any(self.rates):
             if self.rates != self.pulled:  # at a constant learning rate the ways stay as they are
-                self.pulled, self.ways = self.rates, torch._foreach_mul(self.fishers, [min(r * self.lambda_ewc, 1e38) for r in self.rates])
+                rates = [min(self.rates[i] * self.lambda_ewc, 1e38) for i in self.group_of]
+                self.pulled, self.ways = self.rates, torch._foreach_mul(self.fishers, rates)
                 if self.implicit:  # r / (1 + r) as 1 / (1 + 1 / r): right for r = 0 and for r too large for the type
                     torch._foreach_reciprocal_(self.ways)
                     torch._foreach_add_(self.ways, 1)
@@ -1276,16 +1285,17 @@ class _KroneckerSprings(_Springs):
     """One spring matrix per linear layer: penalty lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor."""
 
     def __init__(self, parts, lambda_ewc, optimizer):
-        self.lambda_ewc, self.parts, self.rates = lambda_ewc, [], [0.0] * len(parts)
-        self.groups = _groups_of([params[0] for params, _, _ in parts], optimizer)
+        self.lambda_ewc, self.parts = lambda_ewc, []
+        self.groups, self.group_of = _groups_of([params[0] for params, _, _ in parts], optimizer)
+        self.rates = [0.0] * len(self.groups)
         for params, anchors, (a, g) in parts:
             wide = [(factor.cpu() if factor.is_mps else factor).double() for factor in (a, g)]  # MPS has no float64
             eigen = [tuple(part.to(a) for part in torch.linalg.eigh(factor)) for factor in wide]
             self.parts.append((params, _side_by_side(anchors, a.dtype), a, g, *eigen))
 
     def max_rate(self):
-        return max(group["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item()
-                   for group, (*_, (ea, _), (eg, _)) in zip(self.groups, self.parts))
+        return max(self.groups[i]["lr"] * self.lambda_ewc * (ea[-1] * eg[-1]).item()
+                   for i, (*_, (ea, _), (eg, _)) in zip(self.group_of, self.parts))
 
     def on_weights(self, optimizer):
         return False  # a matrix product either way
@@ -1301,9 +1311,9 @@ class _KroneckerSprings(_Springs):
     def pull(self):
         """The same proximal step, element by element in the basis of the eigenvectors of A and G."""
         if any(self.rates):
-            for rate, (params, anchor, _, _, (ea, qa), (eg, qg)) in zip(self.rates, self.parts):
+            for i, (params, anchor, _, _, (ea, qa), (eg, qg)) in zip(self.group_of, self.parts):
                 d = qg.T @ (_side_by_side(params, anchor.dtype) - anchor) @ qa
-                d /= 1 + min(rate * self.lambda_ewc, 1e38) * torch.outer(eg, ea).clamp_(min=0)
+                d /= 1 + min(self.rates[i] * self.lambda_ewc, 1e38) * torch.outer(eg, ea).clamp_(min=0)
                 moved = anchor + qg @ d @ qa.T
                 for p, part in zip(params, (moved[:, :params[0].shape[1]], moved[:, -1])):
                     p.copy_(part)
@@ -1316,9 +1326,10 @@ def _side_by_side(params, dtype):
 
 
 def _groups_of(params, optimizer):
-    """The optimizer's group of each parameter; None without an optimizer."""
-    group_of = {p: group for group in (optimizer.param_groups if optimizer else []) for p in group["params"]}
-    return [group_of.get(p) for p in params]
+    """The optimizer's groups, and the number of the group of each parameter; none without an optimizer."""
+    groups = optimizer.param_groups if optimizer and params else []
+    number = {p: i for i, group in enumerate(groups) for p in group["params"]}
+    return groups, [number.get(p) for p in params]
 
 
 def _rate(group):
