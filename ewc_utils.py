@@ -394,7 +394,7 @@ class _Likelihood:
         if self.labels == "sampled":
             self.generator = self.generators.setdefault(route, torch.Generator(z.device).manual_seed(self.seed + 10007 * _rank()))
         for v in {"categorical": self._categorical, "Bernoulli": self._bernoulli, "Gaussian": self._gaussian}[self.family](wide, y):
-            yield v.to(z.dtype).reshape(z.shape)
+            yield v if v.shape == z.shape and v.dtype == z.dtype else v.to(z.dtype).reshape(z.shape)
 
     def _categorical(self, z, y):
         p, y = z.reshape(*z.shape[:2], -1).softmax(1), y.reshape(len(z), -1)  # (n, C, T) and (n, T)
@@ -440,7 +440,7 @@ class _Likelihood:
     def counted(self, y):
         """Which examples count: all, less those in which every position is ignored."""
         kept = y != self.criterion.ignore_index if self.family == "categorical" else torch.ones(len(y), dtype=torch.bool, device=y.device)
-        return kept.reshape(len(y), -1).any(1)
+        return kept if kept.dim() == 1 else kept.flatten(1).any(1)
 
     def _uniform(self, like):
         """Numbers in [0, 1), drawn one after the other, so that they do not depend on the cut into chunks (on the CPU)."""
@@ -561,10 +561,9 @@ def _squares_by_closed_form(model, params, x, directions):
     rules = {layer: _rule(layer, used) for layer, used in calls.items()}
     edges = [call.edge for used in calls.values() for call in used]
     zeros = [call.zeros for used in calls.values() for call in used]
-    wide = [_wide(zero.dtype) for zero in zeros]
     for v in directions(z.detach()):
         grads = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True)
-        grads = iter([(zero if g is None else g).to(dtype) for g, zero, dtype in zip(grads, zeros, wide)])
+        grads = iter([_widened(zero if g is None else g) for g, zero in zip(grads, zeros)])
         for layer, rule in rules.items():
             rule.add([next(grads) for _ in calls[layer]])
         del grads  # its memory, still in the cache, serves the next direction
@@ -593,7 +592,7 @@ def _forward_recorded(model, layers, x):
             return
         a = args[0].detach()
         zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(output.shape)
-        a = a if a.dtype == torch.long else a.to(_wide(a.dtype))
+        a = a if a.dtype == torch.long else _widened(a)
         calls.setdefault(layer, []).append(_Call(a, args[0].requires_grad, get_gradient_edge(output), zeros))
 
     hooks = [layer.register_forward_hook(record) for layer in layers]
@@ -788,6 +787,11 @@ def _activations(model, x):
 def _wide(dtype):
     """The type to add up in: never narrower than float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _widened(t):
+    """t, in the type to add up in."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(_wide(t.dtype))
 
 
 def _joined(parts, dim=0):
@@ -1543,7 +1547,7 @@ def _add_factors(model, layers, likelihood, x, y, sums):
     edges = [calls[layer][0].edge for layer in layers]
     for v in likelihood.directions(z.detach(), y):
         for name, g in zip(layers.values(), torch.autograd.grad(z, edges, v, retain_graph=True)):
-            g = g.to(_wide(g.dtype))
+            g = _widened(g)
             sums[name, "G"] = sums.get((name, "G"), 0) + g.T @ g
     for layer, name in layers.items():
         a = calls[layer][0].input[likelihood.counted(y)]
