@@ -413,11 +413,11 @@ class _Likelihood:
         p = p.movedim(1, 0).contiguous()  # class by class in memory: (C, n, T)
         q = p.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(p.dtype).tiny)  # q_c: the probability of class c or a later one
         own = (p[:-1] / q[:-1] * q[1:]).sqrt() * kept
-        later = -own / q[1:]
-        above, classes = p.new_ones(n_classes, n_classes).triu(1), torch.arange(n_classes, device=p.device)
+        later, classes = -own / q[1:], torch.arange(n_classes, device=p.device)
         for t in range(n_positions):  # class c against the later ones, at one position at a time: C - 1 directions are enough
             for some in classes[:-1].split(max(1, 128 // n_classes)):
-                vs = p[:, :, t] * (later[some, None, :, t] * above[some].unsqueeze(2))
+                above = (classes > some.unsqueeze(1)).to(p.dtype)
+                vs = p[:, :, t] * (later[some, None, :, t] * above.unsqueeze(2))
                 vs[classes[:len(some)], some] = own[some, :, t]
                 yield from vs.mT if n_positions == 1 else F.pad(vs.mT.unsqueeze(3), (t, n_positions - 1 - t))
 
