@@ -236,8 +236,10 @@ class SimpleMLP(nn.Module):
 
 def accuracy(model, x, y, *, batch_size=1000):
     """Fraction of the examples (x, y) whose largest logit is the label, in evaluation mode; the modes are restored."""
+    device = next((p.device for p in model.parameters()), x.device)
+    batches = TensorLoader(x, y, batch_size, shuffle=False)
     with _evaluating(model), torch.no_grad():
-        hits = sum((_logits(model(a)).argmax(1) == b).sum().item() for a, b in TensorLoader(x, y, batch_size, shuffle=False))
+        hits = sum((_outputs(model, a.to(device), "accuracy").argmax(1) == b.to(device)).sum().item() for a, b in batches)
     return hits / len(x)
 
 
@@ -1005,37 +1007,34 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     """
     parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
     params, fishers, anchors = zip(*parts)
-    return _Energy.apply(lambda_ewc, fishers, anchors, *params)[0]
+    return _Energy.apply(lambda_ewc, fishers, anchors, *params)
 
 
 class _Energy(torch.autograd.Function):
-    """``ewc_loss``, and the pulls lambda_ewc F (theta - theta*) that its value takes: they are its gradient, so they are kept.
-
-    They are outputs too, with a derivative of their own, so that second derivatives are right as well."""
+    """``ewc_loss``. Its value takes the pulls lambda_ewc F (theta - theta*), which are its gradient: they are kept, not computed again."""
 
     @staticmethod
     def forward(ctx, lambda_ewc, fishers, anchors, *params):
-        ctx.lambda_ewc, ctx.fishers, pulls, terms, zero = lambda_ewc, fishers, [], [], fishers[0].new_zeros(())
+        pulls, terms, zero = [], [], fishers[0].new_zeros(())
         for p, fisher, anchor in zip(params, fishers, anchors):
             if anchor.dtype != fisher.dtype:  # a model in bfloat16 has a Fisher in float32
                 anchor = anchor.to(torch.promote_types(anchor.dtype, fisher.dtype))
             way = p - anchor
             pulls.append(torch.addcmul(zero, way, fisher, value=lambda_ewc))
             terms.append(torch.dot(way.flatten(), pulls[-1].flatten()))
-        ctx.save_for_backward(*pulls)
-        ctx.set_materialize_grads(False)
-        return 0.5 * torch.stack(terms).sum(), *pulls
+        ctx.given = lambda_ewc, fishers, anchors
+        ctx.save_for_backward(*pulls, *params)
+        return 0.5 * torch.stack(terms).sum()
 
     @staticmethod
-    def backward(ctx, g, *g_pulls):
-        grads = list(ctx.saved_tensors)
-        if g is None or torch.is_grad_enabled() or not g.is_cpu or g.item() != 1:  # it is 1 where the penalty is a term of the loss
-            grads = [None if g is None else g * pull for pull in grads]
-        for i, (g_pull, fisher) in enumerate(zip(g_pulls, ctx.fishers)):
-            if g_pull is not None:  # in a second derivative
-                more = ctx.lambda_ewc * g_pull * fisher
-                grads[i] = more if grads[i] is None else grads[i] + more
-        return None, None, None, *grads
+    def backward(ctx, g):
+        (lambda_ewc, fishers, anchors), n = ctx.given, len(ctx.given[1])
+        pulls = ctx.saved_tensors[:n]
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself: as a function of the weights
+            pulls = [lambda_ewc * fisher * (p - anchor) for p, fisher, anchor in zip(ctx.saved_tensors[n:], fishers, anchors)]
+        elif g.is_cpu and g.item() == 1:  # the penalty is a plain term of the loss
+            return None, None, None, *pulls
+        return None, None, None, *[g * pull for pull in pulls]
 
 
 @torch.no_grad()
