@@ -39,6 +39,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 # ---------------------------------------------------------------- data
 
@@ -877,20 +878,24 @@ def _batches(data_loader, params, n_samples=None, seed=0, argument="data_loader"
 
 def _drawn(batches, n, seed):
     """n of all examples, uniformly and without replacement: those with the n smallest of independent random keys."""
-    generator, pieces, held = torch.Generator().manual_seed(seed), [], 0
+    generator, pieces, last, held = torch.Generator().manual_seed(seed), [], 1.0, 0
     for x, y in batches:
-        pieces.append((torch.rand(len(x), generator=generator, dtype=torch.float64), x, y))
-        held += len(x)
-        if held > 2 * n:  # now and then, so that each example is copied about once
-            pieces, held = _first(pieces, n), n
-    for _, x, y in _first(pieces, n):
+        pieces += _up_to(last, [(torch.rand(len(x), generator=generator, dtype=torch.float64), x, y)])
+        held += len(pieces[-1][0]) if pieces else 0
+        if held > 2 * n:  # now and then, so that few examples are copied more than once
+            last = _nth_key(pieces, n)
+            pieces, held = _up_to(last, pieces), n
+    for _, x, y in _up_to(_nth_key(pieces, n), pieces):
         yield x, y
 
 
-def _first(pieces, n):
-    """Of all (keys, x, y) the n examples with the smallest keys."""
-    keys = torch.cat([keys for keys, _, _ in pieces]) if pieces else torch.ones(1)
-    last = keys.kthvalue(min(n, len(keys))).values
+def _nth_key(pieces, n):
+    keys = torch.cat([torch.ones(1, dtype=torch.float64), *(keys for keys, _, _ in pieces)])
+    return keys.kthvalue(min(n, len(keys))).values
+
+
+def _up_to(last, pieces):
+    """Of all (keys, x, y), copies of the examples whose key is at most ``last``."""
     chosen = [tuple(part[(piece[0] <= last).to(part.device)] for part in piece) for piece in pieces]
     return [piece for piece in chosen if len(piece[0])]
 
@@ -1006,35 +1011,44 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     theta*). In a training loop, ``train_with_ewc`` gets the same gradient for less. Raises TypeError, ValueError.
     """
     parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
-    params, fishers, anchors = zip(*parts)
-    return _Energy.apply(lambda_ewc, fishers, anchors, *params)
+    if any(fisher.requires_grad or anchor.requires_grad for _, fisher, anchor in parts):  # then they get gradients as well
+        return 0.5 * sum((way * pull).sum() for way, pull in (_way_and_pull(*part, lambda_ewc) for part in parts))
+    return _Energy.apply(lambda_ewc, parts, *[p for p, _, _ in parts])
+
+
+def _way_and_pull(p, fisher, anchor, lambda_ewc):
+    """theta - theta* and lambda_ewc F (theta - theta*), in the wider type: a model in bfloat16 has a Fisher in float32."""
+    way = p - (anchor if anchor.dtype == fisher.dtype else anchor.to(torch.promote_types(anchor.dtype, fisher.dtype)))
+    return way, torch.addcmul(way.new_zeros(()), way, fisher, value=float(lambda_ewc))
 
 
 class _Energy(torch.autograd.Function):
-    """``ewc_loss``. Its value takes the pulls lambda_ewc F (theta - theta*), which are its gradient: they are kept, not computed again."""
+    """``ewc_loss``. The pulls that its value takes are its gradient: they are kept for the first backward pass, not computed again."""
 
     @staticmethod
-    def forward(ctx, lambda_ewc, fishers, anchors, *params):
-        pulls, terms, zero = [], [], fishers[0].new_zeros(())
-        for p, fisher, anchor in zip(params, fishers, anchors):
-            if anchor.dtype != fisher.dtype:  # a model in bfloat16 has a Fisher in float32
-                anchor = anchor.to(torch.promote_types(anchor.dtype, fisher.dtype))
-            way = p - anchor
-            pulls.append(torch.addcmul(zero, way, fisher, value=lambda_ewc))
-            terms.append(torch.dot(way.flatten(), pulls[-1].flatten()))
-        ctx.given = lambda_ewc, fishers, anchors
-        ctx.save_for_backward(*pulls, *params)
+    def forward(ctx, lambda_ewc, parts, *params):
+        ctx.lambda_ewc, ctx.parts, ctx.pulls, terms = lambda_ewc, parts, [], []
+        for part in parts:
+            way, pull = _way_and_pull(*part, lambda_ewc)
+            terms.append(torch.dot(way.flatten(), pull.flatten()))
+            ctx.pulls.append(pull)
+        ctx.save_for_backward(*params)
         return 0.5 * torch.stack(terms).sum()
 
     @staticmethod
     def backward(ctx, g):
-        (lambda_ewc, fishers, anchors), n = ctx.given, len(ctx.given[1])
-        pulls = ctx.saved_tensors[:n]
-        if torch.is_grad_enabled():  # the gradient is to be differentiated itself: as a function of the weights
-            pulls = [lambda_ewc * fisher * (p - anchor) for p, fisher, anchor in zip(ctx.saved_tensors[n:], fishers, anchors)]
-        elif g.is_cpu and g.item() == 1:  # the penalty is a plain term of the loss
-            return None, None, None, *pulls
-        return None, None, None, *[g * pull for pull in pulls]
+        pulls, ctx.pulls = ctx.pulls, None
+        if pulls is None or torch.is_grad_enabled():  # once more, or to be differentiated again: from the weights themselves
+            pulls = [_way_and_pull(p, *part[1:], ctx.lambda_ewc)[1] for p, part in zip(ctx.saved_tensors, ctx.parts)]
+        return None, None, *(pulls if _is_one(g) else [g * pull for pull in pulls])
+
+
+def _is_one(g):
+    """As where the penalty is a plain term of the loss. On a GPU a look at the value would have to wait for it."""
+    try:
+        return g.is_cpu and not torch.is_grad_enabled() and g.item() == 1
+    except RuntimeError:  # many values at once, under vmap
+        return False
 
 
 @torch.no_grad()
@@ -1056,9 +1070,8 @@ def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
         if not isinstance(given, Mapping):
             raise TypeError(f"{argument} must be a mapping from parameter names to tensors, got {_kind(given)}: take it from "
                             f"{'compute_fisher_information' if argument == 'fisher_dict' else 'take_anchor'}")
-        missing, extra = sorted(params.keys() - given.keys()), given.keys() - params.keys()
-        if extra:
-            extra = sorted(extra - {name for name, _ in (*_unwrap(model).named_parameters(), *_unwrap(model).named_buffers())})
+        known = params if given.keys() == params.keys() else dict((*_unwrap(model).named_parameters(), *_unwrap(model).named_buffers()))
+        missing, extra = sorted(params.keys() - given.keys()), sorted(given.keys() - known.keys())
         if missing or extra and parameters is None:
             raise ValueError(f"{argument} does not fit the model: missing {missing}, unknown {extra}. Take it from this model, or "
                              "say with parameters=[...] which of its parameters the penalty covers")
@@ -1247,15 +1260,18 @@ class _Springs:
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
         self.groups, self.group_of = _groups_of(self.params, optimizer)
         self.rates, self.pulled, self.ways = [0.0] * len(self.groups), None, None
+        self.narrow = any(p.dtype != _wide(p.dtype) for p in self.params)
 
     def max_rate(self):
         """The largest lr * lambda_ewc * F, which decides whether the explicit step is stable."""
-        return max((self.groups[i]["lr"] * self.lambda_ewc * f.max().item() for i, f in zip(self.group_of, self.fishers)), default=0.0)
+        return max((self.groups[i]["lr"] * self.lambda_ewc * f.max().item() for i, f in zip(self.group_of, self.fishers) if f.numel()), default=0.0)
 
     def on_weights(self, optimizer):
-        """Plain SGD: its step along L_B's gradient and its step along the penalty's add up to its step along their sum, and cost less."""
-        return (type(optimizer) is torch.optim.SGD and not optimizer._optimizer_step_pre_hooks and not any(
-            group["momentum"] or group["weight_decay"] or group["maximize"] for group in optimizer.param_groups))
+        """Plain SGD: its step along L_B's gradient and its step along the penalty's add up to its step along their sum, and cost less.
+        Not in narrow types, which would round twice, nor where a hook is to see the whole gradient."""
+        hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+        return type(optimizer) is torch.optim.SGD and not hooks and not self.narrow and not any(
+            group["momentum"] or group["weight_decay"] or group["maximize"] or group["fused"] for group in optimizer.param_groups)
 
     def add_gradients(self):
         """grad += lambda_ewc F (theta - theta*)"""
@@ -1523,10 +1539,14 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", n
     likelihood = _Likelihood(criterion, labels, seed)
     model, params = _unwrap(model), _checked_trainable(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer.weight.requires_grad}
-    lost = sorted(set(params) - {f"{name}.{own}" for layer, name in layers.items() for own, _ in layer.named_parameters()})
+    lost = sorted(set(params) - {f"{name}.{own}".removeprefix(".") for layer, name in layers.items() for own, _ in layer.named_parameters()})
     if lost:
         raise ValueError(f"model has trainable parameters outside nn.Linear layers, {lost}: freeze them, or take the diagonal Fisher")
     sums, count = {}, 0
+    for layer, name in layers.items():
+        n_out, n_in = layer.weight.shape
+        for side, size in (("A", n_in + (layer.bias is not None)), ("G", n_out)):
+            sums[name, side] = layer.weight.new_zeros(size, size, dtype=_wide(layer.weight.dtype))
     with _together(params), _undisturbed(model):
         for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: 1000):
             for a, b in zip(x.split(2000), y.split(2000)):
@@ -1547,11 +1567,11 @@ def _add_factors(model, layers, likelihood, x, y, sums):
     for v in likelihood.directions(z.detach(), y):
         for name, g in zip(layers.values(), torch.autograd.grad(z, edges, v, retain_graph=True)):
             g = _widened(g)
-            sums[name, "G"] = sums.get((name, "G"), 0) + g.T @ g
+            sums[name, "G"] += g.T @ g
     for layer, name in layers.items():
         a = calls[layer][0].input[likelihood.counted(y)]
         a = a if layer.bias is None else F.pad(a, (0, 1), value=1.0)
-        sums[name, "A"] = sums.get((name, "A"), 0) + a.T @ a
+        sums[name, "A"] += a.T @ a
 
 
 def _matched_layers(model, factors, optimal_params, parameters):
@@ -1559,7 +1579,7 @@ def _matched_layers(model, factors, optimal_params, parameters):
     params, parts, left = _trainable(model), [], set(_covered(model, parameters))
     modules = dict(_unwrap(model).named_modules())
     for layer, (a, g) in factors.items():
-        names = [f"{layer}.{own}" for own, _ in modules[layer].named_parameters()] if layer in modules else []
+        names = [f"{layer}.{own}".removeprefix(".") for own, _ in modules[layer].named_parameters()] if layer in modules else []
         missing = [name for name in names or [layer] if name not in params or name not in (optimal_params or {})]
         if missing:
             raise ValueError(f"fisher_dict has layer {layer!r}, but {missing} are not in both the model and optimal_params: take both "

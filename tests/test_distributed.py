@@ -5,7 +5,7 @@ import reference
 import torch
 from torch import distributed, multiprocessing, nn
 
-from ewc_utils import compute_fisher_information
+from ewc_utils import compute_fisher_information, compute_kronecker_fisher
 
 SHARES = {"even": [slice(0, 6), slice(6, 12)], "uneven": [slice(0, 9), slice(9, 12)], "one is empty": [slice(0, 12), slice(0, 0)]}
 
@@ -40,6 +40,8 @@ def process(rank, folder):
         for labels in ("exact", "empirical"):
             for kind, m in (("bare", model), ("wrapped", wrapped)):
                 found[name, labels, kind] = compute_fisher_information(m, batches(x, y, rows[rank]), nn.CrossEntropyLoss(), labels=labels)
+    x4 = x[:, :4]
+    found["Kronecker"] = compute_kronecker_fisher(model.out, batches(x4, y, SHARES["one is empty"][rank]), nn.CrossEntropyLoss())
     found["sampled"] = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), labels="sampled")
     try:
         compute_fisher_information(model, [], nn.CrossEntropyLoss())
@@ -72,6 +74,14 @@ def test_two_processes_give_the_result_of_one(results, share, labels, kind):
         assert reference.error(found[share, labels, kind], reference.fisher(model, [(x, y)], labels)) < 1e-5
     assert all(torch.equal(results[0][share, labels, kind][name], results[1][share, labels, kind][name])
                for name in dict(model.named_parameters()))
+
+
+def test_kronecker_factors_where_one_process_has_no_data(results):
+    model, x, y = setting()
+    (wanted,) = compute_kronecker_fisher(model.out, [(x[:, :4], y)], nn.CrossEntropyLoss()).values()
+    for found in results:
+        for a, b in zip(found["Kronecker"][""], wanted):
+            torch.testing.assert_close(a, b)
 
 
 def test_processes_draw_labels_of_their_own(results):

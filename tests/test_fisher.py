@@ -302,6 +302,20 @@ def test_n_samples_draws_alike_from_batches_of_several_lengths():
     assert ((counts - runs / 3) / math.sqrt(runs * (1 / 3) * (2 / 3))).abs().max() < 5
 
 
+def test_n_samples_of_a_loader_that_fills_one_buffer_again_and_again():
+    model, (x, y) = small_mlp(), data(20)
+
+    def loader():
+        buffer = torch.empty_like(x[:5])
+        for rows in torch.arange(20).split(5):
+            buffer.copy_(x[rows])
+            yield buffer, y[rows]
+
+    found, wanted = (compute_fisher_information(model, batches, nn.CrossEntropyLoss(), n_samples=8)
+                     for batches in (loader(), TensorLoader(x, y, 5, shuffle=False)))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_n_samples_repeats_and_more_than_all_is_all():
     model, (x, y) = small_mlp(), data(20)
     def fisher(n, **how):

@@ -380,6 +380,17 @@ def test_sums_of_products_that_share_a_factor_are_exact():
 # ---------------------------------------------------------------- bad input
 
 
+def test_a_single_linear_layer_may_be_the_model():
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(4, 3), torch.randn(9, 4), torch.randint(3, (9,))
+    found = []
+    for model, name in ((copy.deepcopy(layer), ""), (nn.Sequential(copy.deepcopy(layer)), "0")):
+        factors, anchor = compute_kronecker_fisher(model, [(x, y)], nn.CrossEntropyLoss()), take_anchor(model)
+        train_with_ewc(model, [(x, 2 - y)] * 9, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.5), factors, anchor, 3.0)
+        found.append([*factors[name], *model.parameters()])
+    assert all(map(torch.equal, *found)) and not torch.equal(found[0][2], layer.weight)
+
+
 def test_parameters_outside_linear_layers_are_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
     with pytest.raises(ValueError, match=r"outside nn.Linear layers, \['1.bias', '1.weight'\]: freeze them"):

@@ -71,8 +71,44 @@ def test_derivatives_of_every_order_agree_with_finite_differences():
 def test_a_graph_that_is_kept_gives_the_same_gradient_again(model):
     fisher, anchor = springs(model)
     loss = ewc_loss(model, fisher, anchor, 2.0)
-    first, second = (torch.autograd.grad(3 * loss, list(model.parameters()), retain_graph=keep) for keep in (True, False))
+    first, second, third = (torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(3))
     assert all(map(torch.equal, first, second))
+    for g in first:
+        g.zero_()  # nobody else's
+    assert all(map(torch.equal, second, third))
+    fourth = torch.autograd.grad(3 * loss, list(model.parameters()))
+    assert all(torch.allclose(3 * a, b) for a, b in zip(second, fourth))
+
+
+def test_gradients_of_several_losses_at_once():
+    model = nn.Linear(3, 2).double()
+    fisher, anchor = springs(model)
+    losses = torch.stack([model.weight.sum(), ewc_loss(model, fisher, anchor, 2.0)])
+    both, = torch.autograd.grad(losses, model.weight, torch.eye(2).double(), is_grads_batched=True, retain_graph=True)
+    alone, = torch.autograd.grad(losses[1], model.weight)
+    torch.testing.assert_close(both, torch.stack([torch.ones_like(alone), alone]))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.float32)])
+def test_gradient_is_the_same_where_it_is_to_be_differentiated_again(dtypes):
+    model = nn.Linear(3, 2).to(dtypes[0])
+    fisher, anchor = springs(model)
+    fisher = {name: f.to(dtypes[1]) for name, f in fisher.items()}
+    loss = ewc_loss(model, fisher, anchor, 1e4)
+    plain, again = (torch.autograd.grad(loss, list(model.parameters()), create_graph=create, retain_graph=True) for create in (False, True))
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(plain, again))
+
+
+def test_a_fisher_and_an_anchor_that_are_learned_get_their_gradients():
+    model = nn.Linear(3, 2, bias=False).double()
+    fisher, anchor = springs(model)
+    f, a = fisher["weight"].requires_grad_(), anchor["weight"].detach().requires_grad_()
+    loss = ewc_loss(model, {"weight": f}, {"weight": a}, 2.0)
+    loss.backward()
+    way = (model.weight - a).detach()
+    torch.testing.assert_close(f.grad, way.square())
+    torch.testing.assert_close(a.grad, -2 * f.detach() * way)
+    torch.testing.assert_close(model.weight.grad, 2 * f.detach() * way)
 
 
 def test_penalty_of_weights_that_lie_otherwise_in_memory():

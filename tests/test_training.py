@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 from ewc_utils import SimpleMLP, TensorLoader, compute_fisher_information, ewc_loss, take_anchor, train_with_ewc
@@ -96,15 +97,38 @@ def test_explicit_step_equals_a_loop_with_ewc_loss_as_a_term(name):
     assert losses == pytest.approx([sum(own[i:i + 7]) / 7 for i in (0, 7, 14)], rel=1e-9)  # L_B alone, without the penalty
 
 
-def test_explicit_gradient_is_there_for_a_hook_that_clips_it():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_explicit_gradient_is_there_for_a_hook_that_clips_it(everywhere):
+    def clip(optimizer, *_):
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+
     model, twin = network(), network()
     fisher, anchor = springs(model)
     optimizers = [OPTIMIZERS["SGD"](m.parameters()) for m in (model, twin)]
-    for m, optimizer in zip((model, twin), optimizers):
-        optimizer.register_step_pre_hook(lambda *_, m=m: nn.utils.clip_grad_norm_(m.parameters(), 0.5) and None)
+    hooks = [register_optimizer_step_pre_hook(clip)] if everywhere else [optimizer.register_step_pre_hook(clip) for optimizer in optimizers]
     train_with_ewc(model, batches(), CE, optimizers[0], fisher, anchor, 3.0)
     weights, _ = by_hand(twin, batches(), CE, optimizers[1], penalty=lambda: ewc_loss(twin, fisher, anchor, 3.0))
+    for hook in hooks:
+        hook.remove()
     assert_same(model, weights[-1])
+
+
+def test_explicit_steps_of_a_bfloat16_model_add_both_forces_before_they_round():
+    """Each force alone is too small to move a weight of 1 by one of bfloat16's steps; both together are not."""
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    train_with_ewc(model, [(one, one)], lambda z, y: z.mean(), torch.optim.SGD(model.parameters(), lr=0.0015),
+                   {"weight": one.float()}, {"weight": 0 * one}, 1.0)
+    assert model.weight.item() < 1
+
+
+def test_a_parameter_without_elements_is_left_alone():
+    model = nn.Linear(6, 3)
+    model.empty = nn.Parameter(torch.zeros(0))
+    fisher, anchor = springs(model)
+    for penalty in ("explicit", "implicit"):
+        train_with_ewc(model, [(x.float(), y) for x, y in batches()], CE, OPTIMIZERS["SGD"](model.parameters()), fisher, anchor, 1.0, penalty=penalty)
 
 
 class Noisy(nn.Module):
