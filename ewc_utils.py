@@ -558,11 +558,8 @@ def _squares_by_closed_form(model, params, x, directions):
     """The same by one product per layer: the forward pass records each layer's input, autograd goes only as far as its output."""
     layers = _owned(model, params)
     z, calls = _forward_recorded(model, layers, x)
-    takers = _takers(z)
-    calls = {layer: [_behind_activation(call, takers) for call in used] if _one_position(layer, used) else used
-             for layer, used in calls.items()}
     rules = {layer: _rule(layer, used) for layer, used in calls.items()}
-    edges = [call.edge for used in calls.values() for call in used]
+    edges = [rules[layer].edge(call) for layer, used in calls.items() for call in used]
     zeros = [call.zeros for used in calls.values() for call in used]
     for v in directions(z.detach()):
         grads = torch.autograd.grad(z, edges, v, retain_graph=True, allow_unused=True)
@@ -575,8 +572,8 @@ def _squares_by_closed_form(model, params, x, directions):
 
 
 class _Call(NamedTuple):
-    """One use of a layer: its input, whether gradients go on to it, where the output leaves the layer in the graph, and a zero
-    gradient of that output. Taken behind an ``activation``, a squared gradient still lacks the square of its derivative."""
+    """One use of a layer: its input, whether gradients go on to it, where the output leaves the layer in the graph, a zero
+    gradient of that output, and the activation that alone takes the output, if there is one."""
 
     input: torch.Tensor
     goes_on: bool
@@ -606,7 +603,8 @@ def _forward_recorded(model, layers, x):
         for hook in hooks:
             hook.remove()
     takers = _takers(z)
-    return z, {layer: used for layer, used in calls.items() if all(len(call.input) == len(x) for call in used)
+    return z, {layer: [call._replace(activation=_activation(call, takers)) for call in used] for layer, used in calls.items()
+               if all(len(call.input) == len(x) for call in used)
                and all(len(takers.get(layer._parameters[own], ())) <= len(used) for own in layers[layer])}
 
 
@@ -626,18 +624,9 @@ def _takers(z):
 _ACTIVATIONS = {f"{name}Backward{i}" for name in ("Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Tanh", "Sigmoid") for i in (0, 1)}
 
 
-def _behind_activation(call, takers):
-    """In a first layer, take the gradients behind the activation that follows, whose derivative then counts once, not per direction."""
+def _activation(call, takers):
     after = takers.get(call.edge.node, ())
-    narrow = call.zeros.dtype != _wide(call.zeros.dtype)
-    if call.goes_on or narrow or len(after) != 1 or type(after[0]).__name__ not in _ACTIVATIONS:
-        return call
-    return call._replace(edge=GradientEdge(after[0], 0), activation=after[0])
-
-
-def _one_position(layer, calls):
-    """A linear layer, used once, one position per example."""
-    return isinstance(layer, nn.Linear) and len(calls) == 1 and calls[0].input.dim() == 2
+    return after[0] if len(after) == 1 and type(after[0]).__name__ in _ACTIVATIONS else None
 
 
 def _owned(model, params):
@@ -658,8 +647,12 @@ class _Rule:
     """Per-example squared gradients of one layer, from its inputs a and the gradients g of its outputs, summed."""
 
     def __init__(self, layer, calls):
-        self.layer, self.sums, self.activation = layer, {}, calls[0].activation
+        self.layer, self.calls, self.sums = layer, calls, {}
         self.prepare([call.input for call in calls])
+
+    def edge(self, call):
+        """Where in the graph the gradients are taken."""
+        return call.edge
 
     def add(self, gs):
         for own, squares in self.squares(gs).items():
@@ -674,6 +667,13 @@ class _ProductRule(_Rule):
 
     def prepare(self, inputs):
         self.a, self.elements = inputs[0], 2 * inputs[0][0].numel() + 12 * self.layer.out_features
+        call, = self.calls
+        wide = call.zeros.dtype == _wide(call.zeros.dtype)
+        self.activation = call.activation if wide and not call.goes_on else None
+
+    def edge(self, call):
+        """In a first layer behind its activation, whose squared derivative then counts once, in the totals, and not per direction."""
+        return call.edge if self.activation is None else GradientEdge(self.activation, 0)
 
     def add(self, gs):
         self.sums = self.sums.addcmul_(gs[0], gs[0]) if torch.is_tensor(self.sums) else gs[0].square()
@@ -761,7 +761,8 @@ _RULES = dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), _PositionsRule) | {nn.
 
 
 def _rule(layer, calls):
-    return (_ProductRule if _one_position(layer, calls) else _RULES[type(layer)])(layer, calls)
+    one_position = isinstance(layer, nn.Linear) and len(calls) == 1 and calls[0].input.dim() == 2
+    return (_ProductRule if one_position else _RULES[type(layer)])(layer, calls)
 
 
 def _chunk_size(model, params, routes, x, max_bytes):
