@@ -385,7 +385,8 @@ class _Likelihood:
                              "CrossEntropyLoss, BCEWithLogitsLoss or MSELoss, or labels='empirical'")
 
     def directions(self, z, y, route=None):
-        """Yield tensors v like z; every route draws the same labels. Exact: v v^T summed is E_y[s s^T], the covariance of the score s = d log p / dz."""
+        """Yield tensors v like z; every route draws the same labels. Exact: v v^T summed is E_y[s s^T], the covariance of the score
+        s = d log p / dz."""
         if self.family is None:
             rows = z.detach().requires_grad_()
             with torch.enable_grad():
@@ -953,7 +954,8 @@ def _checked_trainable(model):
 
 def _check_finite_output(z, x):
     if not all(map(math.isfinite, _range(z))):
-        where = "the inputs x hold NaN or infinite values: clean the data" if not torch.isfinite(x).all() else "the inputs are finite: lower the scale of the weights or inputs"
+        where = ("the inputs are finite: lower the scale of the weights or inputs" if torch.isfinite(x).all() else
+                 "the inputs x hold NaN or infinite values: clean the data")
         raise ValueError(f"the model's outputs are not finite, and {where}")
 
 
