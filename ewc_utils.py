@@ -913,6 +913,8 @@ def _merged(batches, size):
         if sum(len(x) for x, _ in held) >= size():
             yield tuple(map(_joined, zip(*held)))
             held = []
+        else:
+            held[-1] = tuple(t.clone() for t in batch)  # a loader may fill the same memory with the next batch
     if held:
         yield tuple(map(_joined, zip(*held)))
 

@@ -302,7 +302,8 @@ def test_n_samples_draws_alike_from_batches_of_several_lengths():
     assert ((counts - runs / 3) / math.sqrt(runs * (1 / 3) * (2 / 3))).abs().max() < 5
 
 
-def test_n_samples_of_a_loader_that_fills_one_buffer_again_and_again():
+@pytest.mark.parametrize("n_samples", [None, 8])
+def test_a_loader_may_fill_one_buffer_again_and_again(n_samples):
     model, (x, y) = small_mlp(), data(20)
 
     def loader():
@@ -311,7 +312,7 @@ def test_n_samples_of_a_loader_that_fills_one_buffer_again_and_again():
             buffer.copy_(x[rows])
             yield buffer, y[rows]
 
-    found, wanted = (compute_fisher_information(model, batches, nn.CrossEntropyLoss(), n_samples=8)
+    found, wanted = (compute_fisher_information(model, batches, nn.CrossEntropyLoss(), n_samples=n_samples)
                      for batches in (loader(), TensorLoader(x, y, 5, shuffle=False)))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
