@@ -394,7 +394,7 @@ class _Likelihood:
                 _check_scalar(losses[0], self.criterion)
                 yield torch.autograd.grad(sum(losses), rows)[0]
             return
-        wide = z.detach().to(_wide(z.dtype))
+        wide = _widened(z.detach())
         if self.labels == "sampled":
             self.generator = self.generators.setdefault(route, torch.Generator(z.device).manual_seed(self.seed + 10007 * _rank()))
         for v in {"categorical": self._categorical, "Bernoulli": self._bernoulli, "Gaussian": self._gaussian}[self.family](wide, y):
@@ -541,7 +541,7 @@ def _squares_by_func(model, params, x, directions, max_bytes=2**26):
     def one(row, vs):
         _, pull = vjp(lambda free: _logits(functional_call(model, {**fixed, **free}, (row[None],)))[0], free)
         grads, = vmap(pull)(vs)
-        return {name: g.to(_wide(g.dtype)).square().sum(0) for name, g in grads.items()}
+        return {name: _widened(g).square().sum(0) for name, g in grads.items()}
 
     with torch.no_grad():
         z = _logits(model(x))
@@ -882,8 +882,9 @@ def _drawn(batches, n, seed):
     """n of all examples, uniformly and without replacement: those with the n smallest of independent random keys."""
     generator, pieces, last, held = torch.Generator().manual_seed(seed), [], 1.0, 0
     for x, y in batches:
-        pieces += _up_to(last, [(torch.rand(len(x), generator=generator, dtype=torch.float64), x, y)])
-        held += len(pieces[-1][0]) if pieces else 0
+        fresh = _up_to(last, [(torch.rand(len(x), generator=generator, dtype=torch.float64), x, y)])
+        pieces += fresh
+        held += sum(len(keys) for keys, _, _ in fresh)
         if held > 2 * n:  # now and then, so that few examples are copied more than once
             last = _nth_key(pieces, n)
             pieces, held = _up_to(last, pieces), n
@@ -986,13 +987,13 @@ def _check_labels(criterion, z, y):
 
 
 def _range(t):
-    """The smallest and the largest element; NaN where there is one."""
+    """The smallest and the largest element; NaN where there is one, 0 where there is no element."""
     return (t.min().item(), t.max().item()) if t.numel() else (0, 0)
 
 
 def _lies_in(t, low, high):
     smallest, largest = _range(t)
-    return t.numel() == 0 or low <= smallest <= largest <= high
+    return low <= smallest <= largest <= high
 
 
 def _check_scalar(loss, criterion):
