@@ -261,7 +261,12 @@ def _unwrap(model):
 
 
 def _trainable(model):
-    return {name: p for name, p in _unwrap(model).named_parameters() if p.requires_grad}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}: pass the network itself")
+    params = {name: p for name, p in _unwrap(model).named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("model has 0 trainable parameters: set requires_grad_(True) on those the penalty is to cover")
+    return params
 
 
 def _logits(output):
@@ -944,11 +949,7 @@ def _undisturbed(model):
 
 
 def _checked_trainable(model):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}: pass the network itself")
     params = _trainable(model)
-    if not params:
-        raise ValueError("model has 0 trainable parameters: set requires_grad_(True) on those the penalty is to cover")
     for name, p in params.items():
         if not torch.isfinite(p).all():
             raise ValueError(f"model parameter {name!r} holds NaN or infinite values: train again, or load finite weights")
@@ -1017,35 +1018,34 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     theta*). In a training loop, ``train_with_ewc`` gets the same gradient for less. Raises TypeError, ValueError.
     """
     parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
+    params, *springs = zip(*parts)
     if any(fisher.requires_grad or anchor.requires_grad for _, fisher, anchor in parts):  # then they get gradients as well
-        return 0.5 * sum((way * pull).sum() for way, pull in (_way_and_pull(*part, lambda_ewc) for part in parts))
-    return _Energy.apply(lambda_ewc, parts, *[p for p, _, _ in parts])
+        return 0.5 * sum((way * pull).sum() for way, pull in zip(*_ways_and_pulls(params, *springs, lambda_ewc)))
+    return _Energy.apply(lambda_ewc, springs, *params)
 
 
-def _way_and_pull(p, fisher, anchor, lambda_ewc):
+def _ways_and_pulls(params, fishers, anchors, lambda_ewc):
     """theta - theta* and lambda_ewc F (theta - theta*), in the wider type: a model in bfloat16 has a Fisher in float32."""
-    way = p - (anchor if anchor.dtype == fisher.dtype else anchor.to(torch.promote_types(anchor.dtype, fisher.dtype)))
-    return way, torch.addcmul(way.new_zeros(()), way, fisher, value=float(lambda_ewc))
+    ways = torch._foreach_sub(params, [a if a.dtype == f.dtype else a.to(torch.promote_types(a.dtype, f.dtype)) for f, a in zip(fishers, anchors)])
+    zero = ways[0].new_zeros(())
+    return ways, torch._foreach_addcmul([zero.to(way) for way in ways], ways, fishers, value=float(lambda_ewc))
 
 
 class _Energy(torch.autograd.Function):
     """``ewc_loss``. The pulls that its value takes are its gradient: they are kept for the first backward pass, not computed again."""
 
     @staticmethod
-    def forward(ctx, lambda_ewc, parts, *params):
-        ctx.lambda_ewc, ctx.parts, ctx.pulls, terms = lambda_ewc, parts, [], []
-        for part in parts:
-            way, pull = _way_and_pull(*part, lambda_ewc)
-            terms.append(torch.dot(way.flatten(), pull.flatten()))
-            ctx.pulls.append(pull)
+    def forward(ctx, lambda_ewc, springs, *params):
+        ways, pulls = _ways_and_pulls(params, *springs, lambda_ewc)
+        ctx.lambda_ewc, ctx.springs, ctx.pulls = lambda_ewc, springs, pulls
         ctx.save_for_backward(*params)
-        return 0.5 * torch.stack(terms).sum()
+        return 0.5 * torch.stack([torch.dot(way.flatten(), pull.flatten()) for way, pull in zip(ways, pulls)]).sum()
 
     @staticmethod
     def backward(ctx, g):
         pulls, ctx.pulls = ctx.pulls, None
         if pulls is None or torch.is_grad_enabled():  # once more, or to be differentiated again: from the weights themselves
-            pulls = [_way_and_pull(p, *part[1:], ctx.lambda_ewc)[1] for p, part in zip(ctx.saved_tensors, ctx.parts)]
+            _, pulls = _ways_and_pulls(ctx.saved_tensors, *ctx.springs, ctx.lambda_ewc)
         return None, None, *(pulls if _is_one(g) else [g * pull for pull in pulls])
 
 

@@ -284,10 +284,16 @@ def test_an_optimizer_of_only_some_parameters(setting):
     assert len(setting.train()) == 1  # the remedy
 
 
-def test_a_model_with_nothing_to_train(setting):
+@BOTH_CALLS
+def test_a_model_with_nothing_to_train(setting, call):
     for p in setting.model.parameters():
         p.requires_grad_(False)
-    refused(setting, ValueError, "model has 0 trainable parameters", "requires_grad_(True)")
+    refused(setting, ValueError, "model has 0 trainable parameters", "requires_grad_(True)", call=call)
+
+
+def test_an_anchor_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="model has 0 trainable parameters"):
+        take_anchor(SimpleMLP(5, 4, 3).requires_grad_(False))
 
 
 def test_a_model_that_returns_no_tensor(setting):
