@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import http.client
 import io
 import math
@@ -799,6 +800,14 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def _has_float64(device):
+    return device.type in ("cpu", "cuda")  # MPS has none, nor have some other accelerators
+
+
+def _double(t):
+    return (t if _has_float64(t.device) else t.cpu()).double()
+
+
 def _widened(t):
     """t, in the type to add up in."""
     return t if t.dtype in (torch.float32, torch.float64) else t.to(_wide(t.dtype))
@@ -851,7 +860,7 @@ def _mean_over_processes(totals, count):
     """totals / count; under torch.distributed both are first summed over the processes, each having its share of the data."""
     if _is_distributed():
         device = next(iter(totals.values())).device
-        counted = torch.tensor(float(count), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        counted = torch.tensor(float(count), dtype=torch.float64 if _has_float64(device) else torch.float32, device=device)
         for tensor in (counted, *totals.values()):
             torch.distributed.all_reduce(tensor)
         count = counted.item()
@@ -936,16 +945,28 @@ def _kind(thing):
 def _undisturbed(model):
     """Evaluation mode inside; modes, buffers and random state as they were outside, whatever happens."""
     buffers = [(module, name, b, b.clone()) for module in model.modules() for name, b in module._buffers.items() if b is not None]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    random_states = _random_states(model)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN has no backward in evaluation mode
-    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False), _evaluating(model):
+    with torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False), _evaluating(model):
         try:
             yield
         finally:
+            for put_back in random_states:
+                put_back()
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer  # forward may have put another tensor in its place
                 if not torch.equal(buffer, before):
                     buffer.data.copy_(before)
+
+
+def _random_states(model):
+    """What puts the random state of the CPU and of the model's devices back to where it is now."""
+    states = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+    for device in {p.device for p in model.parameters()} - {torch.device("cpu")}:
+        generator, which = getattr(torch, device.type, None), () if device.type == "mps" else (device,)
+        if hasattr(generator, "get_rng_state"):
+            states.append(functools.partial(generator.set_rng_state, generator.get_rng_state(*which), *which))
+    return states
 
 
 def _checked_trainable(model):
@@ -1314,8 +1335,7 @@ class _KroneckerSprings(_Springs):
         self.groups, self.group_of = _groups_of([params[0] for params, _, _ in parts], optimizer)
         self.rates = [0.0] * len(self.groups)
         for params, anchors, (a, g) in parts:
-            wide = [(factor.cpu() if factor.is_mps else factor).double() for factor in (a, g)]  # MPS has no float64
-            eigen = [tuple(part.to(a) for part in torch.linalg.eigh(factor)) for factor in wide]
+            eigen = [tuple(part.to(a) for part in torch.linalg.eigh(_double(factor))) for factor in (a, g)]
             self.parts.append((params, _side_by_side(anchors, a.dtype), a, g, *eigen))
 
     def max_rate(self):
@@ -1411,15 +1431,13 @@ def _training(model):
     """Training mode inside; modes and gradients as they were outside, and after an exception the random state too."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.grad) for p in model.parameters()]
-    random, on_cuda = torch.get_rng_state(), next(model.parameters()).is_cuda
-    random_cuda = torch.cuda.get_rng_state() if on_cuda else None
+    random_states = _random_states(model)
     try:
         model.train()
         yield
     except BaseException:
-        torch.set_rng_state(random)
-        if on_cuda:
-            torch.cuda.set_rng_state(random_cuda)
+        for put_back in random_states:
+            put_back()
         raise
     finally:
         for module, training in modes:
@@ -1613,7 +1631,7 @@ def nearest_kronecker_sum(first, second):
     result = {}
     for layer in first:
         sides = [list(pair) for pair in zip(first[layer], second[layer])]  # [A1, A2], [G1, G2]
-        gram_a, gram_g = (torch.tensor([[(m.double() * k.double()).sum().item() for k in side] for m in side],
+        gram_a, gram_g = (torch.tensor([[(_double(m) * _double(k)).sum().item() for k in side] for m in side],
                                        dtype=torch.float64) for side in sides)  # squares of small factors leave float32
         in_a = in_g = torch.ones(2, dtype=torch.float64)
         for _ in range(50):  # each is the least-squares answer to the other
@@ -1652,7 +1670,7 @@ def plot_images(rows, title):
     fig, axes = _figure(len(rows), 10, (9, 1.35 * len(rows) + 0.4))
     for line, (name, (images, labels)) in zip(axes, rows.items()):
         for ax, image, label in zip(line, images, labels):
-            ax.imshow(image.squeeze(), cmap="gray_r")
+            ax.imshow(image.squeeze().cpu(), cmap="gray_r")
             ax.set_title(label, fontsize=8)
             ax.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(name, fontsize=9)
@@ -1702,7 +1720,7 @@ def plot_fisher_images(maps, title):
     fig, axes = _figure(1, len(maps), (2.2 * len(maps) + 1, 2.7))
     high = max(m.max().item() for m in maps.values())
     for ax, (label, m) in zip(axes[0], maps.items()):
-        drawn = ax.imshow(m.clamp_min(high * 1e-2), cmap="viridis", norm=LogNorm(high * 1e-2, high))
+        drawn = ax.imshow(m.clamp_min(high * 1e-2).cpu(), cmap="viridis", norm=LogNorm(high * 1e-2, high))
         ax.set_title(label, fontsize=9)
         ax.set(xticks=[], yticks=[])
     fig.colorbar(drawn, ax=list(axes[0]), fraction=0.03, label="Fisher (log scale)")

@@ -85,7 +85,7 @@ def embedding(**how):
 def embedding_with_positions():
     """The positions are looked up once for the whole batch: no example in the first dimension."""
     def forward(net, x):
-        return net.out((net.words(x) + net.places(torch.arange(x.shape[1]))).mean(1).tanh())
+        return net.out((net.words(x) + net.places(torch.arange(x.shape[1], device=x.device))).mean(1).tanh())
     return Net(forward, words=nn.Embedding(7, 3), places=nn.Embedding(4, 3), out=nn.Linear(3, 3)), tokens()
 
 
