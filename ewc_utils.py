@@ -343,10 +343,11 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     mean gradient: that is about batch-size times smaller. Raises TypeError, ValueError, FloatingPointError.
     """
     likelihood = _Likelihood(criterion, labels, seed)
-    model, params = _unwrap(model), _checked_trainable(model)
+    model, params = _unwrap(model), _trainable(model)
     totals = {name: torch.zeros_like(p, dtype=_wide(p.dtype)) for name, p in params.items()}
     count, routes, shape, chunk = 0, None, None, 3
     with _together(params), _undisturbed(model):
+        _check_finite_weights(params)
         for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: max(3, chunk // 2)):
             routes = routes or _choose_routes(model, params, x)
             if x.shape[1:] != shape:
@@ -365,8 +366,9 @@ def fisher_routes(model, data_loader):
     Returns {parameter name: "closed form", "torch.func" or "loop"}: one matrix product per layer; a vmapped vector-Jacobian
     product; one example at a time. Each choice was checked against autograd on examples of that batch.
     """
-    model, params = _unwrap(model), _checked_trainable(model)
+    model, params = _unwrap(model), _trainable(model)
     with _undisturbed(model):
+        _check_finite_weights(params)
         for x, _ in _merged(_batches(data_loader, params), lambda: 3):
             return _choose_routes(model, params, x)
     raise ValueError("data_loader gave 0 examples to choose the routes by: it is empty or used up")
@@ -969,12 +971,10 @@ def _random_states(model):
     return states
 
 
-def _checked_trainable(model):
-    params = _trainable(model)
+def _check_finite_weights(params):
     for name, p in params.items():
         if not torch.isfinite(p).all():
             raise ValueError(f"model parameter {name!r} holds NaN or infinite values: train again, or load finite weights")
-    return params
 
 
 def _check_finite_output(z, x):
@@ -1405,7 +1405,8 @@ def _give_up(before, step, springs, x):
 
 def _check_training(model, train_loader, criterion, optimizer, epochs, penalty, every, callback_steps):
     _check_criterion(criterion)
-    params = _checked_trainable(model)
+    params = _trainable(model)
+    _check_finite_weights(params)
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be a whole number of at least 1, got {epochs!r}")
     if epochs > 1 and isinstance(train_loader, Iterator):  # iter(train_loader) would draw from the random state
@@ -1561,7 +1562,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", n
     and ValueError where a trainable parameter belongs to anything but an nn.Linear with one input per example.
     """
     likelihood = _Likelihood(criterion, labels, seed)
-    model, params = _unwrap(model), _checked_trainable(model)
+    model, params = _unwrap(model), _trainable(model)
     layers = {layer: name for name, layer in model.named_modules() if type(layer) is nn.Linear and layer.weight.requires_grad}
     lost = sorted(set(params) - {f"{name}.{own}".removeprefix(".") for layer, name in layers.items() for own, _ in layer.named_parameters()})
     if lost:
@@ -1572,6 +1573,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", n
         for side, size in (("A", n_in + (layer.bias is not None)), ("G", n_out)):
             sums[name, side] = layer.weight.new_zeros(size, size, dtype=_wide(layer.weight.dtype))
     with _together(params), _undisturbed(model):
+        _check_finite_weights(params)
         for x, y in _merged(_batches(data_loader, params, n_samples, seed), lambda: 1000):
             for a, b in zip(x.split(2000), y.split(2000)):
                 _add_factors(model, layers, likelihood, a, b, sums)

@@ -1,5 +1,7 @@
 """Under torch.distributed the Fisher is that of all data together, whatever share each process holds."""
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -51,6 +53,13 @@ def process(rank, folder):
         compute_fisher_information(model, [(x if rank == 0 else x * float("nan"), y)], nn.CrossEntropyLoss())
     except (RuntimeError, ValueError) as error:
         found["bad data in one"] = f"{type(error).__name__}: {error}"
+    for compute, name in ((compute_fisher_information, "bad weight in one"), (compute_kronecker_fisher, "bad weight in one, Kronecker")):
+        bad = copy.deepcopy(model.out)
+        bad.bias.data[0] = float("nan") if rank == 1 else 0.0
+        try:
+            compute(bad, [(x4, y)], nn.CrossEntropyLoss())
+        except (RuntimeError, ValueError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -91,9 +100,12 @@ def test_processes_draw_labels_of_their_own(results):
     assert not any(torch.allclose(results[0]["sampled"][name], alone[name]) for name in alone)
 
 
-def test_an_error_in_one_process_is_one_in_all(results):
-    assert "RuntimeError: the Fisher failed on 1 other process(es)" in results[0]["bad data in one"]
-    assert "ValueError: the model's outputs are not finite" in results[1]["bad data in one"]
+@pytest.mark.parametrize("what, error", [("bad data in one", "ValueError: the model's outputs are not finite"),
+                                         ("bad weight in one", "ValueError: model parameter 'bias' holds NaN"),
+                                         ("bad weight in one, Kronecker", "ValueError: model parameter 'bias' holds NaN")])
+def test_an_error_in_one_process_is_one_in_all(results, what, error):
+    assert "RuntimeError: the Fisher failed on 1 other process(es)" in results[0][what]
+    assert error in results[1][what]
 
 
 def test_no_data_anywhere_is_an_error_in_every_process(results):
