@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import http.client
 import io
 import math
@@ -947,28 +946,26 @@ def _kind(thing):
 def _undisturbed(model):
     """Evaluation mode inside; modes, buffers and random state as they were outside, whatever happens."""
     buffers = [(module, name, b, b.clone()) for module in model.modules() for name, b in module._buffers.items() if b is not None]
-    random_states = _random_states(model)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())  # cuDNN has no backward in evaluation mode
-    with torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False), _evaluating(model):
+    with _random_state(model), torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False), _evaluating(model):
         try:
             yield
         finally:
-            for put_back in random_states:
-                put_back()
             for module, name, buffer, before in buffers:
                 module._buffers[name] = buffer  # forward may have put another tensor in its place
                 if not torch.equal(buffer, before):
                     buffer.data.copy_(before)
 
 
-def _random_states(model):
-    """What puts the random state of the CPU and of the model's devices back to where it is now."""
-    states = [functools.partial(torch.set_rng_state, torch.get_rng_state())]
+def _random_state(model):
+    """What puts the random state of the CPU and of the model's devices back, when it is closed, to where it is now."""
+    state = contextlib.ExitStack()
+    state.callback(torch.set_rng_state, torch.get_rng_state())
     for device in {p.device for p in model.parameters()} - {torch.device("cpu")}:
         generator, which = getattr(torch, device.type, None), () if device.type == "mps" else (device,)
         if hasattr(generator, "get_rng_state"):
-            states.append(functools.partial(generator.set_rng_state, generator.get_rng_state(*which), *which))
-    return states
+            state.callback(generator.set_rng_state, generator.get_rng_state(*which), *which)
+    return state
 
 
 def _check_finite_weights(params):
@@ -1039,34 +1036,35 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc, *, parameters=None)
     theta*). In a training loop, ``train_with_ewc`` gets the same gradient for less. Raises TypeError, ValueError.
     """
     parts = _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters)
-    params, *springs = zip(*parts)
     if any(fisher.requires_grad or anchor.requires_grad for _, fisher, anchor in parts):  # then they get gradients as well
-        return 0.5 * sum((way * pull).sum() for way, pull in zip(*_ways_and_pulls(params, *springs, lambda_ewc)))
-    return _Energy.apply(lambda_ewc, springs, *params)
+        return 0.5 * sum((way * pull).sum() for way, pull in (_way_and_pull(*part, lambda_ewc) for part in parts))
+    return _Energy.apply(lambda_ewc, parts, *[p for p, _, _ in parts])
 
 
-def _ways_and_pulls(params, fishers, anchors, lambda_ewc):
+def _way_and_pull(p, fisher, anchor, lambda_ewc):
     """theta - theta* and lambda_ewc F (theta - theta*), in the wider type: a model in bfloat16 has a Fisher in float32."""
-    ways = torch._foreach_sub(params, [a if a.dtype == f.dtype else a.to(torch.promote_types(a.dtype, f.dtype)) for f, a in zip(fishers, anchors)])
-    zero = ways[0].new_zeros(())
-    return ways, torch._foreach_addcmul([zero.to(way) for way in ways], ways, fishers, value=float(lambda_ewc))
+    way = p - (anchor if anchor.dtype == fisher.dtype else anchor.to(torch.promote_types(anchor.dtype, fisher.dtype)))
+    return way, torch.addcmul(way.new_zeros(()), way, fisher, value=float(lambda_ewc))
 
 
 class _Energy(torch.autograd.Function):
     """``ewc_loss``. The pulls that its value takes are its gradient: they are kept for the first backward pass, not computed again."""
 
     @staticmethod
-    def forward(ctx, lambda_ewc, springs, *params):
-        ways, pulls = _ways_and_pulls(params, *springs, lambda_ewc)
-        ctx.lambda_ewc, ctx.springs, ctx.pulls = lambda_ewc, springs, pulls
+    def forward(ctx, lambda_ewc, parts, *params):
+        ctx.lambda_ewc, ctx.parts, ctx.pulls, terms = lambda_ewc, parts, [], []
+        for part in parts:
+            way, pull = _way_and_pull(*part, lambda_ewc)
+            terms.append(torch.dot(way.flatten(), pull.flatten()))
+            ctx.pulls.append(pull)
         ctx.save_for_backward(*params)
-        return 0.5 * torch.stack([torch.dot(way.flatten(), pull.flatten()) for way, pull in zip(ways, pulls)]).sum()
+        return 0.5 * torch.stack(terms).sum()
 
     @staticmethod
     def backward(ctx, g):
         pulls, ctx.pulls = ctx.pulls, None
         if pulls is None or torch.is_grad_enabled():  # once more, or to be differentiated again: from the weights themselves
-            _, pulls = _ways_and_pulls(ctx.saved_tensors, *ctx.springs, ctx.lambda_ewc)
+            pulls = [_way_and_pull(p, *part[1:], ctx.lambda_ewc)[1] for p, part in zip(ctx.saved_tensors, ctx.parts)]
         return None, None, *(pulls if _is_one(g) else [g * pull for pull in pulls])
 
 
@@ -1104,7 +1102,7 @@ def _matched(model, fisher_dict, optimal_params, lambda_ewc, parameters):
                              "say with parameters=[...] which of its parameters the penalty covers")
         for name, p in params.items():
             _check_like(argument, name, given[name], p)
-    live = [name for name, p in params.items() if p.numel() and optimal_params[name].data_ptr() == p.data_ptr()]
+    live = [name for name, p in params.items() if optimal_params[name].data_ptr() == p.data_ptr() != 0]
     if live:
         raise ValueError(f"optimal_params holds the live parameters {live}, which move along and never pull: use take_anchor(model)")
     return [(p, fisher_dict[name], optimal_params[name]) for name, p in params.items()]
@@ -1432,13 +1430,12 @@ def _training(model):
     """Training mode inside; modes and gradients as they were outside, and after an exception the random state too."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(p, p.grad) for p in model.parameters()]
-    random_states = _random_states(model)
+    random_state = _random_state(model)
     try:
         model.train()
         yield
     except BaseException:
-        for put_back in random_states:
-            put_back()
+        random_state.close()
         raise
     finally:
         for module, training in modes:
@@ -1672,7 +1669,7 @@ def plot_images(rows, title):
     fig, axes = _figure(len(rows), 10, (9, 1.35 * len(rows) + 0.4))
     for line, (name, (images, labels)) in zip(axes, rows.items()):
         for ax, image, label in zip(line, images, labels):
-            ax.imshow(image.squeeze().cpu(), cmap="gray_r")
+            ax.imshow(torch.as_tensor(image).squeeze().cpu(), cmap="gray_r")
             ax.set_title(label, fontsize=8)
             ax.set(xticks=[], yticks=[], frame_on=False)
         line[0].set_ylabel(name, fontsize=9)

@@ -3,6 +3,8 @@
 import copy
 import math
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
@@ -79,10 +81,7 @@ def test_the_fisher_of_any_module(name, device):
         pytest.skip("sparse gradients: the CPU and CUDA have them")
     model, x = CASES[name][0]()
     y = torch.randint(reference.logits(model.eval()(x)).shape[1], (5,))
-    try:
-        there = copy.deepcopy(model).to(device)
-    except RuntimeError as error:  # hooks on weights cannot be copied
-        pytest.skip(str(error))
+    there = on(device, model)
     for labels in ("exact", "empirical"):
         truth = reference.fisher(model, [(x, y)], labels)
         for batch in ((x, y), (x.to(device), y.to(device))):
@@ -90,7 +89,8 @@ def test_the_fisher_of_any_module(name, device):
                 found = compute_fisher_information(there, [batch], CE, labels=labels, max_bytes=max_bytes)
                 assert all(f.device.type == device.type for f in found.values())
                 assert reference.error(on("cpu", found), truth) < 2e-4, (labels, max_bytes)
-    assert fisher_routes(there, [(x, y)]) == fisher_routes(model, [(x, y)])
+    closed, closed_there = ({k for k, route in fisher_routes(m, [(x, y)]).items() if route == "closed form"} for m in (model, there))
+    assert closed == closed_there  # recurrent cells have other kernels there, of which vmap may know more or less
 
 
 @pytest.mark.parametrize("labels", ["exact", "empirical", "sampled"])
@@ -135,7 +135,7 @@ def test_bfloat16(device):
 def test_random_state_and_modes_are_left_alone(device):
     class Noise(nn.Module):
         def forward(self, x):
-            return x + torch.rand_like(x) if self.training else x
+            return x + torch.rand_like(x) * self.training  # drawn in either mode
 
     model = nn.Sequential(nn.Linear(6, 5), Noise(), nn.Linear(5, 4)).to(device).train()
     torch.manual_seed(5)
@@ -227,7 +227,7 @@ def test_a_loss_that_turns_nan_puts_the_weights_back(device):
     model, (x, y) = on(device, network()), data()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     x[35] = math.nan
-    with pytest.raises((ValueError, FloatingPointError)):
+    with pytest.raises(FloatingPointError):
         train_with_ewc(model, list(zip(x.split(10), y.split(10))), CE, torch.optim.SGD(model.parameters(), lr=0.1), None, None, 0)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -269,5 +269,7 @@ def test_kronecker_factors_and_their_sum(device):
 
 
 def test_figures_of_tensors_there(device):
+    matplotlib.use("agg")
     plot_fisher_images({"Fisher": torch.rand(28, 28, device=device)}, "Fisher")
     plot_images({"images": (torch.rand(10, 1, 28, 28, device=device), range(10))}, "images")
+    plt.close("all")

@@ -357,7 +357,7 @@ def test_max_bytes_bounds_a_chunk_and_not_the_result(layer, out):
 
 
 class Nervous(nn.Module):
-    """Everything that could be disturbed: dropout, batch statistics, a buffer that forward replaces, one that it changes."""
+    """Everything that could be disturbed: dropout, batch statistics, buffers that forward replaces or changes, a train() that draws."""
 
     def __init__(self):
         super().__init__()
@@ -366,6 +366,10 @@ class Nervous(nn.Module):
         self.register_buffer("replaced", torch.zeros(1))
         self.register_buffer("changed", torch.zeros(1))
         self.bare, self.calls, self.fail_at = nn.Parameter(torch.randn(3)), 0, math.inf
+
+    def train(self, mode=True):
+        torch.rand(2)
+        return super().train(mode)
 
     def forward(self, x):
         self.calls += 1
