@@ -1283,9 +1283,15 @@ class _Springs:
         self.params = [p for p, _, _ in parts]
         self.fishers = [fisher.to(p.dtype) for p, fisher, _ in parts]
         self.anchors = [anchor.to(p.dtype) for p, _, anchor in parts]
-        self.groups, self.group_of = _groups_of(self.params, optimizer)
-        self.rates, self.pulled, self.ways = [0.0] * len(self.groups), None, None
+        self.join(self.params, optimizer)
+        self.pulled, self.ways = None, None
         self.narrow = any(p.dtype != _wide(p.dtype) for p in self.params)
+
+    def join(self, params, optimizer):
+        """Note the optimizer's groups, the number of the group of each parameter, and no rates yet; no groups without an optimizer."""
+        self.groups = optimizer.param_groups if optimizer and params else []
+        number = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
+        self.group_of, self.rates = [number.get(p) for p in params], [0.0] * len(self.groups)
 
     def max_rate(self):
         """The largest lr * lambda_ewc * F, which decides whether the explicit step is stable."""
@@ -1330,8 +1336,7 @@ class _KroneckerSprings(_Springs):
 
     def __init__(self, parts, lambda_ewc, optimizer):
         self.lambda_ewc, self.parts = lambda_ewc, []
-        self.groups, self.group_of = _groups_of([params[0] for params, _, _ in parts], optimizer)
-        self.rates = [0.0] * len(self.groups)
+        self.join([params[0] for params, _, _ in parts], optimizer)
         for params, anchors, (a, g) in parts:
             eigen = [tuple(part.to(a) for part in torch.linalg.eigh(_double(factor))) for factor in (a, g)]
             self.parts.append((params, _side_by_side(anchors, a.dtype), a, g, *eigen))
@@ -1366,13 +1371,6 @@ class _KroneckerSprings(_Springs):
 def _side_by_side(params, dtype):
     """[weight bias], (out, in + 1), or the weight alone."""
     return torch.cat([p.detach().reshape(len(p), -1).to(dtype) for p in params], 1)
-
-
-def _groups_of(params, optimizer):
-    """The optimizer's groups, and the number of the group of each parameter; none without an optimizer."""
-    groups = optimizer.param_groups if optimizer and params else []
-    number = {p: i for i, group in enumerate(groups) for p in group["params"]}
-    return groups, [number.get(p) for p in params]
 
 
 def _rate(group):
