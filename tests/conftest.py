@@ -1,4 +1,4 @@
-"""Runs before torch is imported: on a busy machine two OpenMP threads can be many times slower than one."""
+"""Runs before torch is imported: on a busy machine two OpenMP threads are slower than one."""
 
 import os
 

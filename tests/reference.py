@@ -1,54 +1,61 @@
-"""The diagonal Fisher as its definition reads, in float64, by nothing but loops and autograd: the tests' second route.
+"""The diagonal Fisher as its definition reads, in float64, by loops and autograd alone.
 
     F_i = 1/N sum_n sum_y p(y | x_n) (d log p(y | x_n) / d theta_i)^2
 
-Every label y that the model could give an example is written out, jointly over all its positions, and weighted by its
-probability. So nothing here knows about layers, chunks, square roots of covariances, or independence of positions.
+Every label y that the model could give an example is written out, jointly over all its positions,
+and weighted by its probability. So nothing here knows about layers, batches, square roots of
+covariances, or the independence of positions. Below it: tools that several test files share.
 """
 
+import contextlib
 import copy
 import itertools
 
+import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
+
+CE, BCE, MSE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()
+CRITERIA = {"categorical": CE, "Bernoulli": BCE, "Gaussian": MSE}
 
 
 def fisher(model, batches, labels="exact", family="categorical", ignore_index=-100):
-    """{name: float64 tensor}: labels "exact" or "empirical"; family "categorical", "Bernoulli" or "Gaussian" (variance 1/2)."""
+    """{name: float64 tensor}. labels: "exact" or "empirical"; the Gaussian has variance 1/2."""
     model = copy.deepcopy(model).double().eval()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     totals, count = {name: torch.zeros_like(p) for name, p in params.items()}, 0
-    for xs, ys in batches:
-        for x, y in zip(xs, ys):
-            kept = y.flatten() != ignore_index if family == "categorical" else torch.ones(y.numel(), dtype=torch.bool)
-            if not kept.any():
-                continue
-            count += 1
-            z = logits(model(x[None].double() if x.is_floating_point() else x[None]))[0]
-            z = (z.reshape(len(z), -1).T if family == "categorical" else z.reshape(-1))[kept]
-            chosen = [(1.0, y.flatten()[kept])] if labels == "empirical" else outcomes(z.detach(), family)
-            for probability, label in chosen:
-                grads = torch.autograd.grad(log_likelihood(z, label, family), list(params.values()), retain_graph=True,
-                                            allow_unused=True)
-                for total, g in zip(totals.values(), grads):
-                    if g is not None:
-                        total += probability * g.to_dense() ** 2
+    for x, y in ((x, y) for batch in batches for x, y in zip(*batch)):
+        kept = (y.flatten() != ignore_index) | (family != "categorical")
+        if not kept.any():
+            continue
+        count += 1
+        z = model(x[None].double() if x.is_floating_point() else x[None])[0]
+        z = (z.reshape(len(z), -1).T if family == "categorical" else z.reshape(-1))[kept]
+        empirical = [(1.0, y.flatten()[kept])]
+        for p, label in empirical if labels == "empirical" else outcomes(z.detach(), family):
+            score = log_likelihood(z, label, family)
+            inputs = list(params.values())
+            grads = torch.autograd.grad(score, inputs, retain_graph=True, allow_unused=True)
+            for name, g in zip(totals, grads):
+                totals[name] += p * g.to_dense() ** 2 if g is not None else 0
     return {name: total / count for name, total in totals.items()}
 
 
 def outcomes(z, family):
-    """Every joint label of one example with its probability. z: (positions, classes), or (outputs,)."""
+    """Every joint label of one example with its probability. z: (positions, C) or (outputs,)."""
     if family == "categorical":
         p = z.softmax(1)
         for y in itertools.product(range(z.shape[1]), repeat=len(z)):
             yield torch.stack([p[t, c] for t, c in enumerate(y)]).prod(), torch.tensor(y)
     elif family == "Bernoulli":
         p = z.sigmoid()
-        for y in itertools.product((0.0, 1.0), repeat=len(z)):
-            y = torch.tensor(y, dtype=z.dtype)
+        for bits in itertools.product((0.0, 1.0), repeat=len(z)):
+            y = torch.tensor(bits, dtype=z.dtype)
             yield torch.where(y > 0, p, 1 - p).prod(), y
-    else:  # z +- sigma has the mean and the variance of the Gaussian, and the squared score asks for no more
+    else:  # z +- sigma has the Gaussian's mean and variance; the squared score needs no more
         for sign in itertools.product((-1.0, 1.0), repeat=len(z)):
-            yield 0.5 ** len(z), z + 0.5 ** 0.5 * torch.tensor(sign, dtype=z.dtype)
+            yield 0.5 ** len(z), z + 0.5**0.5 * torch.tensor(sign, dtype=z.dtype)
 
 
 def log_likelihood(z, y, family):
@@ -56,28 +63,73 @@ def log_likelihood(z, y, family):
     if family == "categorical":
         return z.log_softmax(1).gather(1, y[:, None]).sum()
     if family == "Bernoulli":
-        return (y * z - torch.nn.functional.softplus(z)).sum()
+        return (y * z - F.softplus(z)).sum()
     return -((z - y) ** 2).sum()
 
 
-def logits(output):
-    """The prediction in what a model returns."""
-    if isinstance(output, dict):
-        return output["logits"]
-    if isinstance(output, (tuple, list)):
-        return output[0]
-    return getattr(output, "logits", output)
-
-
 def error(found, truth):
-    """Largest error of any tensor, relative to that tensor's largest entry; a tensor that is zero must be found so exactly.
-    A tensor that only rounding keeps from zero (a bias in front of a normalisation) is measured against a millionth of the largest."""
+    """The largest error of any tensor, relative to its largest entry. Zero must be found exactly.
+
+    A tensor that only rounding keeps from zero (a bias in front of a normalisation) is measured
+    against a millionth of the largest.
+    """
     assert found.keys() == truth.keys(), f"names differ: {sorted(found.keys() ^ truth.keys())}"
-    largest, worst = max(t.abs().max() for t in truth.values()), 0.0
+    largest, worst = max(t.abs().max() for t in truth.values() if t.numel()), 0.0
     for name, t in truth.items():
         assert found[name].shape == t.shape, name
-        difference = (found[name].double() - t).abs().max()
-        assert difference == 0 or t.abs().max() > 0, f"{name} must be 0"
-        worst = max(worst, (difference / max(t.abs().max(), 1e-6 * largest)).item() if difference > 0 else 0.0)
+        difference = (found[name].double() - t).abs().max() if t.numel() else torch.zeros(())
         assert not difference.isnan(), name
+        if difference > 0:
+            assert t.abs().max() > 0, f"{name} must be 0"
+            worst = max(worst, (difference / max(t.abs().max(), 1e-6 * largest)).item())
     return worst
+
+
+# ---------------------------------------------------------------- tools
+
+
+class Net(nn.Module):
+    """Parts by name, and a forward(net, x) that uses them."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.rule = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.rule(self, x)
+
+
+def draw(*shape, seed=0):
+    """Standard normal numbers in float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_penalty(model):
+    """A random Fisher and an anchor away from the weights, both of the weights' types."""
+    generator, fisher, anchor = torch.Generator().manual_seed(1), {}, {}
+    for name, p in model.named_parameters():
+        a, b = torch.rand(2, *p.shape, generator=generator).to(p.dtype)
+        fisher[name], anchor[name] = a, p.detach() + b - 0.5
+    return fisher, anchor
+
+
+def assert_close(found, wanted, **tolerance):
+    """Two dictionaries of tensors, or of pairs of tensors, agree."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], **tolerance)
+
+
+def same_bits(found, wanted):
+    return found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
+@contextlib.contextmanager
+def refused(kind, *words):
+    """The block raises an error of this kind, whose text names all the words."""
+    with pytest.raises(kind) as raised:
+        yield
+    missing = [word for word in words if word.lower() not in str(raised.value).lower()]
+    assert not missing, f"{missing} not in: {raised.value}"

@@ -1,466 +1,344 @@
-"""The Fisher is what its equation says: against closed forms, float64 loops, divergences; and it leaves no trace."""
+"""The Fisher is what its equation says, leaves no trace, and refuses bad input in plain words."""
 
+import contextlib
 import copy
 import math
+from functools import partial
 
 import pytest
 import reference
 import torch
+from reference import BCE, CE, CRITERIA, MSE, Net, assert_close, draw, refused, same_bits
 from torch import nn
 from torch.nn import functional as F
 
-from ewc_utils import SimpleMLP, TensorLoader, compute_fisher_information, fisher_routes
+from ewc_utils import TensorLoader, compute_fisher_information
 
-CRITERIA = {"categorical": nn.CrossEntropyLoss(), "Bernoulli": nn.BCEWithLogitsLoss(), "Gaussian": nn.MSELoss()}
+LABELS, NAN = ("exact", "sampled", "empirical"), math.nan
+FAMILIES = pytest.mark.parametrize("family", CRITERIA)
+EXACT_AND_EMPIRICAL = pytest.mark.parametrize("labels", ["exact", "empirical"])
 
 
-def small_mlp(*, seed=0, n_in=5, hidden=4, n_out=3):
-    torch.manual_seed(seed)
+def small_mlp(n_in=5, hidden=4, n_out=3):
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(n_in, hidden), nn.Tanh(), nn.Linear(hidden, n_out))
 
 
-def data(n, family="categorical", *, seed=1, n_in=5, n_out=3):
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, n_in, generator=g)
-    if family == "categorical":
-        return x, torch.randint(n_out, (n,), generator=g)
-    z = torch.randn(n, n_out, generator=g)
-    return x, z if family == "Gaussian" else (z > 0).float()
+def data(n, family="categorical", n_in=5, n_out=3):
+    x, z = draw(n, n_in).float(), draw(n, n_out, seed=1).float()
+    return x, {"categorical": z.argmax(1), "Bernoulli": (z > 0).float(), "Gaussian": z}[family]
 
 
-# ---------------------------------------------------------------- the numbers
-
-
-def test_softmax_regression_has_the_closed_form():
-    """For logits W x + b the Fisher of W_cj is the mean of p_c (1 - p_c) x_j^2, of b_c the mean of p_c (1 - p_c)."""
+@FAMILIES
+def test_linear_models_have_the_closed_form(family):
+    """That of W_cj is the mean of v_c x_j^2, that of b_c the mean of v_c, with the scores' variance
+    v = p (1 - p) of a softmax or a sigmoid, and v = 1 / sigma^2 = 2 of the Gaussian."""
     torch.manual_seed(0)
-    model, (x, y) = nn.Linear(5, 3), data(50)
-    p = (x.double() @ model.weight.double().T + model.bias.double()).softmax(1).detach()
-    spread = p * (1 - p)
-    found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss())
-    torch.testing.assert_close(found["weight"].double(), spread.T @ x.double() ** 2 / 50, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found["bias"].double(), spread.mean(0), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("labels", ["exact", "empirical"])
-@pytest.mark.parametrize("family", CRITERIA)
-def test_equals_the_float64_loop(family, labels):
-    model, (x, y) = small_mlp(), data(20, family)
-    found = compute_fisher_information(model, TensorLoader(x, y, 8), CRITERIA[family], labels=labels)
-    assert reference.error(found, reference.fisher(model, [(x, y)], labels, family)) < 1e-5
-
-
-@pytest.mark.parametrize("family", CRITERIA)
-def test_sampled_labels_are_unbiased(family):
-    """Over 40,000 draws the sampled Fisher lies within five standard errors of the exact one, element by element."""
-    model, repeats = small_mlp(n_in=2, hidden=2), 8000
-    x, y = data(5, family, n_in=2)
-    exact = reference.fisher(model, [(x, y)], family=family)
-    variance = dict.fromkeys(exact, 0.0)  # of the mean over the five examples, for one draw of each
-    for row, label in zip(x.split(1), y.split(1)):
-        for name, v in squared_score_variance(model, row, label, family).items():
-            variance[name] = variance[name] + v / 25
-    found = compute_fisher_information(model, [(x.repeat(repeats, 1), y.repeat(repeats, *[1] * (y.dim() - 1)))],
-                                       CRITERIA[family], labels="sampled")
-    for name, truth in exact.items():
-        deviation = (found[name].double() - truth).abs() / (variance[name] / repeats).sqrt()
-        assert deviation.max() < 5, name
-        assert deviation.max() > 1e-3, f"{name}: this is no sample"
-
-
-def squared_score_variance(model, x, y, family):
-    """Var(s^2) = E s^4 - (E s^2)^2 of one example; for the Gaussian s is normal, so that it is 2 (E s^2)^2."""
-    second = reference.fisher(model, [(x, y)], family=family)
-    if family == "Gaussian":
-        return {name: 2 * v ** 2 for name, v in second.items()}
-    fourth = dict.fromkeys(second, 0.0)
-    z = model.double()(x.double())[0].detach()
-    for probability, label in reference.outcomes(z if family == "Bernoulli" else z[None], family):
-        label = label[None] if family == "Bernoulli" else label
-        for name, squares in reference.fisher(model, [(x, label)], "empirical", family).items():
-            fourth[name] = fourth[name] + probability * squares ** 2
-    model.float()
-    return {name: fourth[name] - second[name] ** 2 for name in second}
-
-
-def test_sampled_labels_repeat_by_seed():
-    model, (x, y) = small_mlp(), data(30)
-    runs = [compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), labels="sampled", seed=s) for s in (3, 3, 4)]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-    assert not any(torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
-
-
-class TwoBiases(nn.Module):
-    """The same gradient reaches a bias with a closed form and a bare parameter without one."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.bare = nn.Linear(5, 3), nn.Parameter(torch.zeros(3))
-
-    def forward(self, x):
-        return self.layer(x) + self.bare
-
-
-def test_sampled_labels_are_the_same_on_every_route():
-    torch.manual_seed(0)
-    model, (x, y) = TwoBiases(), data(30)
-    routes = fisher_routes(model, [(x, y)])
-    assert routes["layer.bias"] != routes["bare"]
-    found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), labels="sampled")
-    torch.testing.assert_close(found["layer.bias"], found["bare"])
-
-
-@pytest.mark.parametrize("labels", ["exact", "sampled", "empirical"])
-@pytest.mark.parametrize("family", CRITERIA)
-def test_does_not_depend_on_the_batch_size(family, labels):
-    model, (x, y) = small_mlp(), data(23, family)
-    for max_bytes in (2**26, 1000):
-        found = [compute_fisher_information(model, TensorLoader(x, y, size, shuffle=False), CRITERIA[family], labels=labels,
-                                            max_bytes=max_bytes) for size in (1, 2, 7, 23)]
-        for other in found[1:]:
-            for name in other:
-                torch.testing.assert_close(other[name], found[0][name], rtol=1e-5, atol=1e-9)
-
-
-def test_doubling_the_data_changes_nothing():
-    """A mean over examples, not a sum; and not the square of a batch's mean gradient, which a copy would leave and a
-    sign-flipped one would cancel."""
-    model, (x, y) = small_mlp(), data(10)
-    once = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss())
-    twice = compute_fisher_information(model, [(x, y), (x, y)], nn.CrossEntropyLoss())
-    for name in once:
-        torch.testing.assert_close(once[name], twice[name])
-
-
-def test_divergence_of_a_small_step_along_one_coordinate():
-    """KL(p_theta || p_theta+d) = 1/2 F_i d_i^2 + O(d^3), mean over the examples, for every parameter of an MLP."""
-    model, (x, y) = small_mlp().double(), data(12)
-    found, x, step = compute_fisher_information(model, [(x.double(), y)], nn.CrossEntropyLoss()), x.double(), 1e-4
-    with torch.no_grad():
-        before = model(x).log_softmax(1)
-        for name, p in model.named_parameters():
-            for i in range(p.numel()):
-                kl = 0.0
-                for d in (step, -step):  # the cubic term cancels
-                    p.view(-1)[i] += d
-                    kl += (before.exp() * (before - model(x).log_softmax(1))).sum(1).mean().item() / 2
-                    p.view(-1)[i] -= d
-                assert kl == pytest.approx(found[name].view(-1)[i].item() * step**2 / 2, rel=1e-4), (name, i)
-
-
-@pytest.mark.parametrize("family", ["Bernoulli", "Gaussian"])
-def test_divergence_of_any_small_step_where_the_fisher_is_diagonal(family):
-    """Inputs that are unit vectors and independent outputs make the whole Fisher diagonal: KL = 1/2 d^T F d for every d."""
-    torch.manual_seed(0)
-    model, x = nn.Linear(4, 3, bias=False).double(), torch.eye(4, dtype=torch.float64)
-    y = torch.zeros(4, 3, dtype=torch.float64)
-    fisher = compute_fisher_information(model, [(x, y)], CRITERIA[family])["weight"]
-    d = 1e-4 * torch.randn(3, 4, dtype=torch.float64)
-    z = model.weight.detach().T
-
-    def divergence(z, other):
-        if family == "Gaussian":
-            return ((z - other) ** 2).sum(1).mean()  # / (2 sigma^2) with sigma^2 = 1/2
-        p, q = z.sigmoid(), other.sigmoid()
-        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
-
-    kl = (divergence(z, z + d.T) + divergence(z, z - d.T)) / 2
-    assert kl.item() == pytest.approx(0.5 * (fisher * d**2).sum().item(), rel=1e-5)
-
-
-def test_float32_is_within_2e6_of_float64():
-    """Sums of several thousand examples lose no accuracy: at most 2e-6 relative error in every tensor."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(30, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
-    x, y = data(3000, n_in=30, n_out=4)
-    truth = reference.fisher(model, [(x, y)])
-    for max_bytes in (2**26, 2**20):
-        assert reference.error(compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), max_bytes=max_bytes), truth) < 2e-6
-
-
-@pytest.mark.parametrize("dtype, wanted, tolerance", [(torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5),
-                                                      (torch.bfloat16, torch.float32, 0.05)])
-def test_sums_are_float32_or_wider(dtype, wanted, tolerance):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    x, y = data(40)
-    found = compute_fisher_information(model, [(x.to(dtype), y)], nn.CrossEntropyLoss())
-    assert {f.dtype for f in found.values()} == {wanted}
-    assert reference.error(found, reference.fisher(model, [(x.to(dtype), y)])) < tolerance
-
-
-def test_a_thousand_classes():
-    torch.manual_seed(0)
-    model, x = nn.Linear(6, 1000), torch.randn(9, 6)
-    found = compute_fisher_information(model, [(x, torch.zeros(9, dtype=torch.long))], nn.CrossEntropyLoss())
-    p = model(x).double().softmax(1).detach()
-    truth = {"weight": (p * (1 - p)).T @ x.double() ** 2 / 9, "bias": (p * (1 - p)).mean(0)}
+    model, x = nn.Linear(5, 1000 if family == "categorical" else 30), torch.randn(20, 5)
+    z = model(x).double().detach()
+    p = z.softmax(1) if family == "categorical" else z.sigmoid()
+    v = 0 * z + 2 if family == "Gaussian" else p * (1 - p)
+    y = z.argmax(1) if family == "categorical" else 0 * z
+    found = compute_fisher_information(model, [(x, y)], CRITERIA[family])
+    truth = {"weight": v.T @ x.double() ** 2 / 20, "bias": v.mean(0)}
     assert reference.error(found, truth) < 1e-5
 
 
-# ---------------------------------------------------------------- positions, targets, criteria
+@EXACT_AND_EMPIRICAL
+@FAMILIES
+def test_equals_the_float64_loop(family, labels):
+    model, (x, y) = small_mlp(), data(400, family)
+    loader = TensorLoader(x, y, 150)
+    found = compute_fisher_information(model, loader, CRITERIA[family], labels=labels)
+    assert reference.error(found, reference.fisher(model, [(x, y)], labels, family)) < 2e-6
+    assert all((f >= 0).all() and not f.requires_grad for f in found.values())
 
 
-def test_positions_of_an_example_add_up_in_its_log_likelihood():
-    """A segmentation: one example, many pixels. The reference writes out all 3^4 joint labels of an example."""
+@FAMILIES
+def test_sampled_labels_are_unbiased_and_repeat_by_seed(family):
+    """Means over 50 seeds lie within five standard errors of the exact Fisher."""
+    model, (x, y) = small_mlp(n_in=2, hidden=2), data(5, family, n_in=2)
+    batches, how = [(x.repeat(200, 1), y.repeat(200, *[1] * (y.dim() - 1)))], {"labels": "sampled"}
+    fisher = partial(compute_fisher_information, model, batches, CRITERIA[family], **how)
+    draws = [fisher(seed=seed) for seed in range(50)]
+    assert same_bits(fisher(seed=3), draws[3]) and same_bits(fisher(), draws[0])
+    for name, truth in reference.fisher(model, [(x, y)], family=family).items():
+        found = torch.stack([d[name] for d in draws]).double()
+        assert found.std(0).min() > 0  # other seeds, other labels
+        assert ((found.mean(0) - truth).abs() / found.std(0) * 50**0.5).max() < 5
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@FAMILIES
+def test_the_batch_size_does_not_change_the_result(family, labels):
+    """Not even where it varies: small batches are joined, and the sampled labels stay the same."""
+    model, (x, y) = small_mlp(), data(1700, family)
+
+    def fisher(*sizes):
+        batches = list(zip(x.split(sizes), y.split(sizes)))
+        return compute_fisher_information(model, batches, CRITERIA[family], labels=labels)
+
+    for sizes in ([1] * 1700, [7] * 242 + [6], [10, 1000, 690], [800, 5, 895]):
+        assert_close(fisher(*sizes), fisher(1700), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("family, saved", [("categorical", 1), ("Bernoulli", 0), ("Gaussian", 0)])
+def test_the_cost_is_that_many_backward_passes(family, saved, monkeypatch):
+    """T (C - 1) for cross-entropy, T C for the others, and one for the other labels; here T = 4."""
+    passes, grad = [], torch.autograd.grad
+
+    def counted(outputs, inputs, *args, **how):
+        passes.extend([1] if isinstance(inputs, (list, tuple)) else [])  # not the score by itself
+        return grad(outputs, inputs, *args, **how)
+
+    def count(n_out, labels):
+        passes.clear()
+        y = torch.zeros(5, 4).long() if family == "categorical" else torch.zeros(5, n_out, 4)
+        args = nn.Conv1d(2, n_out, 1), [(torch.ones(5, 2, 4), y)], CRITERIA[family]
+        compute_fisher_information(*args, labels=labels)
+        return len(passes)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    assert count(3, "sampled") == count(5, "sampled") == count(5, "empirical")
+    assert count(5, "exact") - count(5, "sampled") == 4 * (5 - saved) - 1
+
+
+TYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.05}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_sums_are_float32_or_wider(dtype):
     torch.manual_seed(0)
-    model, x, y = nn.Conv2d(2, 3, 2), torch.randn(4, 2, 3, 3), torch.randint(3, (4, 2, 2))
-    for labels in ("exact", "empirical"):
-        found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), labels=labels)
-        assert reference.error(found, reference.fisher(model, [(x, y)], labels)) < 1e-5
+    layers = nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.Unflatten(1, (2, 4))
+    model = nn.Sequential(*layers, nn.Conv1d(2, 3, 2), nn.Flatten(), nn.Linear(9, 3)).to(dtype)
+    x, y = data(40)
+    found = compute_fisher_information(model, [(x.to(dtype), y)], CE)
+    assert {f.dtype for f in found.values()} == {torch.promote_types(dtype, torch.float32)}
+    assert reference.error(found, reference.fisher(model, [(x.to(dtype), y)])) < TYPES[dtype]
+    # p = (1/2, 1/2) and x = 1e-4: F = x^2 / 4 = 2.5e-9, where float16 has no number but 0
+    model, x = nn.Linear(1, 2).to(dtype), torch.full((3, 1), 1e-4, dtype=dtype)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    found = compute_fisher_information(model, [(x, torch.zeros(3, dtype=torch.long))], CE)
+    assert found["weight"].flatten().tolist() == pytest.approx([2.5e-9] * 2, rel=5e-3)
 
 
 @pytest.mark.parametrize("ignored", [-100, 1])
-@pytest.mark.parametrize("labels", ["exact", "empirical"])
-def test_ignored_positions_do_not_count(labels, ignored):
-    """Neither do examples all of whose positions are ignored: the third one here."""
+@EXACT_AND_EMPIRICAL
+def test_positions_add_up_in_the_log_likelihood_and_ignored_ones_do_not_count(labels, ignored):
+    """The reference writes out all 3^4 joint labels of an example. One is ignored as a whole."""
     torch.manual_seed(0)
-    model, x, y = nn.Conv1d(2, 3, 2), torch.randn(5, 2, 5), torch.randint(3, (5, 4))
-    y[0, 1] = y[1, 2] = ignored
-    y[2] = ignored
-    found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(ignore_index=ignored), labels=labels)
-    assert reference.error(found, reference.fisher(model, [(x, y)], labels, ignore_index=ignored)) < 1e-5
-    without = [i for i in range(5) if i != 2]
-    other = compute_fisher_information(model, [(x[without], y[without])], nn.CrossEntropyLoss(ignore_index=ignored), labels=labels)
-    assert reference.error(found, {name: f.double() for name, f in other.items()}) < 1e-6
+    layers = nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Conv2d(3, 3, 1)
+    model, x, y = nn.Sequential(*layers), torch.randn(5, 2, 3, 3), torch.randint(3, (5, 2, 2))
+    y[0, 0, 1] = y[1, 1, 0] = y[2] = ignored
+    criterion = nn.CrossEntropyLoss(ignore_index=ignored)
+    found = compute_fisher_information(model, [(x, y)], criterion, labels=labels)
+    truth = reference.fisher(model, [(x, y)], labels, ignore_index=ignored)
+    assert reference.error(found, truth) < 1e-5
 
 
+@EXACT_AND_EMPIRICAL
 @pytest.mark.parametrize("family", ["Bernoulli", "Gaussian"])
-def test_one_number_per_example(family):
-    """Outputs of shape (n,) as well as (n, 1)."""
+@pytest.mark.parametrize("n", [1, 769])  # also a last batch of one
+def test_one_number_per_example_may_come_as_a_column_or_flat_or_squeezed(family, labels, n):
     torch.manual_seed(0)
-    column, x = nn.Linear(5, 1), torch.randn(8, 5)
-    y = torch.rand(8, 1).round()
-    flat = nn.Sequential(column, nn.Flatten(0))
-    for model, target in ((column, y), (flat, y[:, 0])):
-        for labels in ("exact", "empirical"):
-            found = compute_fisher_information(model, [(x, target)], CRITERIA[family], labels=labels)
-            assert reference.error(found, reference.fisher(model, [(x, target)], labels, family)) < 1e-5
+    column, x, y = nn.Linear(5, 1), torch.randn(n, 5), torch.rand(n, 1).round()
+    truth = reference.fisher(column, [(x, y)], labels, family)
+    forms = {lambda z: z: y, lambda z: z.flatten(): y[:, 0], lambda z: z.squeeze(): y[:, 0]}
+    for form, target in forms.items():
+        model = Net(lambda net, x, form=form: form(net.a(x)), a=column)
+        loader = TensorLoader(x, target, 768)
+        found = compute_fisher_information(model, loader, CRITERIA[family], labels=labels)
+        assert reference.error({name[2:]: f for name, f in found.items()}, truth) < 1e-5
 
 
-def test_functions_name_the_same_likelihoods():
-    for family, function in (("categorical", F.cross_entropy), ("Bernoulli", F.binary_cross_entropy_with_logits), ("Gaussian", F.mse_loss)):
-        model, (x, y) = small_mlp(), data(6, family)
-        found = compute_fisher_information(model, [(x, y)], function)
-        assert reference.error(found, reference.fisher(model, [(x, y)], family=family)) < 1e-5
+CLASSES, NUMBERS = torch.arange(15).view(5, 3) % 3, draw(5, 3, 3)
+OWN = type("Own", (nn.CrossEntropyLoss,), {})()
+UNHASHABLE = type("Unhashable", (nn.SmoothL1Loss,), {"__eq__": lambda *_: False})()  # no __hash__
+OTHERS = [(partial(CE), CLASSES), (OWN, CLASSES), (F.smooth_l1_loss, NUMBERS)]
+OTHERS += [(UNHASHABLE, NUMBERS)]
 
 
-def test_any_other_criterion_gives_the_empirical_fisher():
-    """A hinge loss, by a plain loop over the examples."""
-    def hinge(z, y):
-        return F.multi_margin_loss(z, y)
-
-    model, (x, y) = small_mlp(), data(15)
-    found = compute_fisher_information(model, TensorLoader(x, y, 4), hinge, labels="empirical")
-    exact, total = copy.deepcopy(model).double(), None
-    for i in range(15):
-        grads = torch.autograd.grad(hinge(exact(x[i:i + 1].double()), y[i:i + 1]), list(exact.parameters()))
-        total = [g**2 for g in grads] if total is None else [t + g**2 for t, g in zip(total, grads)]
-    assert reference.error(found, {name: t / 15 for (name, _), t in zip(exact.named_parameters(), total)}) < 1e-5
-
-
-def test_byte_labels_are_class_indices_too():
-    model, (x, y) = small_mlp(), data(9)
-    for labels in ("exact", "sampled", "empirical"):
-        a, b = (compute_fisher_information(model, [(x, target)], nn.CrossEntropyLoss(), labels=labels) for target in (y, y.byte()))
-        assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# ---------------------------------------------------------------- cost
-
-
-def test_n_samples_draws_uniformly_and_without_replacement():
-    """With one-hot inputs the Fisher of a linear model shows which examples were drawn. Inclusion has probability 1/3 each."""
-    model, x, y = nn.Linear(6, 1, bias=False), torch.eye(6), torch.zeros(6, 1)
-    counts, runs = torch.zeros(6), 400
-    for seed in range(runs):
-        drawn = compute_fisher_information(model, TensorLoader(x, y, 4, shuffle=False), nn.MSELoss(), n_samples=2, seed=seed)["weight"][0]
-        assert sorted(drawn.tolist()) == pytest.approx([0, 0, 0, 0, 1, 1])  # 2 x_j^2 over 2 examples
-        counts += drawn
-    deviation = (counts - runs / 3) / math.sqrt(runs * (1 / 3) * (2 / 3))
-    assert deviation.abs().max() < 5
-
-
-def test_n_samples_draws_alike_from_batches_of_several_lengths():
-    """Sequences of 2 and of 3 tokens, each of its own word, so that the embedding's Fisher shows which were drawn."""
-    class Bag(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.words = nn.Embedding(6, 1)
-
-        def forward(self, x):
-            return self.words(x).sum(1)
-
+@pytest.mark.parametrize("criterion, y", OTHERS)
+def test_any_other_criterion_is_taken_as_it_comes_for_the_empirical_fisher(criterion, y):
+    """CrossEntropyLoss counts the sum over an example's positions, a wrapper its own mean."""
     torch.manual_seed(0)
-    model, y, counts, runs = Bag(), torch.zeros(3, 1), torch.zeros(6), 400
-    batches = [(torch.tensor([[0] * 2, [1] * 2, [2] * 2]), y), (torch.tensor([[3] * 3, [4] * 3, [5] * 3]), y)]
-    for seed in range(runs):
-        drawn = compute_fisher_information(model, batches, nn.MSELoss(), n_samples=2, seed=seed)["words.weight"][:, 0]
-        drawn /= torch.tensor([4.0] * 3 + [9.0] * 3)  # 2 (length)^2 over 2 examples
-        assert sorted(drawn.tolist()) == pytest.approx([0, 0, 0, 0, 1, 1])
-        counts += drawn
-    assert ((counts - runs / 3) / math.sqrt(runs * (1 / 3) * (2 / 3))).abs().max() < 5
+    model, x, truth = nn.Conv1d(2, 3, 2).double(), draw(5, 2, 4), {}
+    found = compute_fisher_information(model, TensorLoader(x, y, 2), criterion, labels="empirical")
+    for row, target in zip(x.split(1), y.split(1)):
+        grads = torch.autograd.grad(criterion(model(row), target), list(model.parameters()))
+        truth = {name: truth.get(name, 0) + g**2 / 5 for name, g in zip(found, grads)}
+    assert reference.error(found, truth) < 1e-9
+    if y is CLASSES:
+        plain = compute_fisher_information(model, [(x, y)], CE, labels="empirical")
+        assert_close(plain, {name: 9 * f for name, f in found.items()})
 
 
-@pytest.mark.parametrize("n_samples", [None, 8])
-def test_a_loader_may_fill_one_buffer_again_and_again(n_samples):
+INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
+FUNCTIONS = (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("family, function", zip(CRITERIA, FUNCTIONS))
+def test_integer_labels_of_every_type_and_functions_serve_alike(family, function, labels):
+    model, (x, y) = small_mlp(), data(9, family if family != "Gaussian" else "Bernoulli")
+    wanted = compute_fisher_information(model, [(x, y)], CRITERIA[family], labels=labels)
+    for dtype in INTEGERS:
+        found = compute_fisher_information(model, [(x, y.to(dtype))], function, labels=labels)
+        assert same_bits(found, wanted)
+
+
+def test_a_loader_may_fill_one_buffer_again_and_again_and_give_empty_batches():
     model, (x, y) = small_mlp(), data(20)
 
     def loader():
         buffer = torch.empty_like(x[:5])
-        for rows in torch.arange(20).split(5):
-            buffer.copy_(x[rows])
-            yield buffer, y[rows]
+        for a, b in zip(x.split(5), y.split(5)):
+            yield x[:0], y[:0]
+            yield buffer.copy_(a), b
 
-    found, wanted = (compute_fisher_information(model, batches, nn.CrossEntropyLoss(), n_samples=n_samples)
-                     for batches in (loader(), TensorLoader(x, y, 5, shuffle=False)))
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-def test_n_samples_repeats_and_more_than_all_is_all():
-    model, (x, y) = small_mlp(), data(20)
-    def fisher(n, **how):
-        return compute_fisher_information(model, TensorLoader(x, y, 6, shuffle=False), nn.CrossEntropyLoss(), n_samples=n, **how)
-    assert torch.equal(fisher(7)["0.weight"], fisher(7)["0.weight"])
-    assert not torch.allclose(fisher(7)["0.weight"], fisher(7, seed=1)["0.weight"])
-    assert reference.error(fisher(99), reference.fisher(model, [(x, y)])) < 1e-5
+    found = compute_fisher_information(model, loader(), CE)
+    assert_close(found, compute_fisher_information(model, [(x, y)], CE))
 
 
-class Watched(nn.Module):
-    """Notes how many examples come at once."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.sizes = inner, []
-
-    def forward(self, x):
-        self.sizes.append(len(x))
-        return self.inner(x)
-
-
-@pytest.mark.parametrize("layer, out", [(nn.Conv1d(1, 4, 3, padding=1), 200), (nn.ConvTranspose1d(1, 4, 3, padding=1), 200)])
-def test_max_bytes_bounds_a_chunk_and_not_the_result(layer, out):
-    """Few weights, long activations: what is held at once must follow the activations, on the closed-form route and the general one."""
-    torch.manual_seed(0)
-    model = Watched(nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(4 * out, 2)))
-    x, y = torch.randn(40, 1, out), torch.randint(2, (40,))
-    truth, max_bytes = reference.fisher(model.inner, [(x, y)]), 10 * 4 * 4 * out * 4  # ten tanh layers' worth of examples
-    for limit in (2**26, max_bytes, 1):
-        model.sizes.clear()
-        found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss(), max_bytes=limit)
-        assert reference.error({name.removeprefix("inner."): f for name, f in found.items()}, truth) < 1e-5
-        if limit <= max_bytes:
-            assert max(model.sizes[4:]) <= 10, "more activations at once than max_bytes holds"
-
-
-# ---------------------------------------------------------------- no trace
-
-
-class Nervous(nn.Module):
-    """Everything that could be disturbed: dropout, batch statistics, buffers that forward replaces or changes, a train() that draws."""
+class Restless(nn.Module):
+    """All that could be disturbed: dropout, statistics, buffers, attributes, a random train()."""
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(4, 3))
+        layers = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Dropout(0.5)
+        self.body, self.bare = nn.Sequential(*layers, nn.Linear(4, 3)), nn.Parameter(torch.randn(3))
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
-        self.register_buffer("replaced", torch.zeros(1))
         self.register_buffer("changed", torch.zeros(1))
-        self.bare, self.calls, self.fail_at = nn.Parameter(torch.randn(3)), 0, math.inf
+        self.attribute, self.broken = torch.zeros(1), False
 
     def train(self, mode=True):
         torch.rand(2)
         return super().train(mode)
 
     def forward(self, x):
-        self.calls += 1
-        if self.calls > self.fail_at:
+        if self.broken:
             raise RuntimeError("forward broke")
-        self.replaced = self.replaced + 1
         self.changed += 1
-        torch.rand(3)
+        self.attribute = self.attribute + 1
         return self.body(x) + self.bare
 
-
-def state(model):
-    tensors = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
-    return {"tensors": tensors, "identities": [id(t) for t in (*model.parameters(), *model.buffers())],
-            "modes": [m.training for m in model.modules()], "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-            "grad ids": [id(p.grad) for p in model.parameters()], "requires_grad": [p.requires_grad for p in model.parameters()],
-            "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
-            "random": torch.get_rng_state(), "grad mode": torch.is_grad_enabled(),
-            "threads": torch.get_num_threads(), "default": torch.get_default_dtype()}
-
-
-def assert_same(a, b):
-    for key in a:
-        assert same(a[key], b[key]), f"{key} was changed"
+    def traces(self):
+        """All that a call could change, in plain values."""
+        tensors = [*self.parameters(), *self.buffers(), self.attribute]
+        grads = [p.grad for p in self.parameters()]
+        return (
+            [(id(t), t.tolist(), t.requires_grad) for t in tensors],
+            [(id(g), g if g is None else g.tolist()) for g in grads],
+            [(m.training, len(m._forward_hooks), len(m._backward_hooks)) for m in self.modules()],
+            [torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.backends.cudnn.enabled],
+        )
 
 
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else a == b
-
-
-def interrupted_loader(x, y, error):
-    yield x[:4], y[:4]
-    torch.rand(5)
-    yield x[4:8], y[4:8]
-    if error is not None:
-        raise error
-
-
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), RuntimeError("loader broke"), "forward"])
-@pytest.mark.parametrize("labels", ["exact", "sampled", "empirical"])
-def test_nothing_of_the_model_is_changed(labels, error):
-    """Modes module by module, gradients, buffers, hooks, requires_grad, random state; also when it breaks half-way."""
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError, "forward"])
+@pytest.mark.parametrize("labels", LABELS)
+def test_nothing_of_the_model_is_changed_also_when_it_breaks_half_way(labels, error):
     torch.manual_seed(0)
-    model, (x, y) = Nervous(), data(8)
+    model, (x, y) = Restless(), data(8)
     F.cross_entropy(model(x), y).backward()
     model.bare.grad = None
     model.body[1].eval()  # mixed modes: a frozen normalisation in a model that trains
-    model.frozen.eval()
-    hook = model.body[0].register_forward_hook(lambda *_: None)
-    if error == "forward":
-        model.fail_at = model.calls + 9
-    before = state(model)
-    loader = interrupted_loader(x, y, error if isinstance(error, BaseException) else None)
-    if error is None:
-        compute_fisher_information(model, loader, nn.CrossEntropyLoss(), labels=labels, max_bytes=1)
-    else:
-        with pytest.raises(type(error) if isinstance(error, BaseException) else RuntimeError):
-            compute_fisher_information(model, loader, nn.CrossEntropyLoss(), labels=labels, max_bytes=1)
-    assert_same(before, state(model))
-    hook.remove()
+    model.body[0].register_forward_hook(lambda *_: None)
+    model.broken = error == "forward"
+    before = model.traces()
+
+    def loader():
+        yield x[:4], y[:4]
+        if error in (KeyboardInterrupt, RuntimeError):
+            raise error
+        yield x[4:, None].squeeze(1), y[4:]
+
+    with contextlib.suppress(KeyboardInterrupt, RuntimeError):
+        assert compute_fisher_information(model, loader(), CE, labels=labels) and error is None
+    assert model.traces() == before
 
 
-def test_routes_leave_no_trace_either():
-    torch.manual_seed(0)
-    model, (x, y) = Nervous(), data(8)
-    before = state(model)
-    assert set(fisher_routes(model, [(x, y)])) == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert_same(before, state(model))
-
-
-def test_works_under_no_grad_and_returns_plain_tensors():
-    model, (x, y) = small_mlp(), data(8)
-    with torch.no_grad():
-        found = compute_fisher_information(model, [(x, y)], nn.CrossEntropyLoss())
-    assert reference.error(found, reference.fisher(model, [(x, y)])) < 1e-5
-    assert all(not f.requires_grad and f.grad_fn is None and (f >= 0).all() for f in found.values())
-
-
-def test_evaluation_mode_is_what_counts():
+@pytest.mark.parametrize("grads", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_mode_is_what_counts_and_gradients_may_be_off(mode, grads):
     """Dropout is off and batch statistics are the stored ones, whatever mode the model is in."""
     torch.manual_seed(0)
-    model, (x, y) = Nervous(), data(8)
-    truth = reference.fisher(model, [(x, y)])
-    for mode in (True, False):
-        assert reference.error(compute_fisher_information(model.train(mode), [(x, y)], nn.CrossEntropyLoss()), truth) < 1e-5
+    model, batch = Restless(), data(8)
+    with grads():
+        found = compute_fisher_information(model.train(mode), [batch], CE)
+    assert reference.error(found, reference.fisher(model, [batch])) < 1e-5
 
 
-def test_simple_mlp_goes_by_closed_form():
-    model = SimpleMLP(6, (5, 4), 3)
-    assert set(fisher_routes(model, [(torch.randn(4, 2, 3), torch.zeros(4, dtype=torch.long))]).values()) == {"closed form"}
+X, Y = torch.ones(6, 4), torch.zeros(6, dtype=torch.long)
+LINEAR = nn.Linear(4, 3)
+
+
+def changed(t, value):
+    return t.index_fill(0, torch.tensor(2), value)
+
+
+def then(change):
+    return Net(lambda net, x: change(net.layer(x)), layer=LINEAR)
+
+
+def case(error, *words, model=LINEAR, criterion=CE, x=X, y=Y, **options):
+    loader = options.pop("loader", [(x, y)])
+    return error, words, (model, loader, criterion), options
+
+
+V, T = ValueError, TypeError
+WEIGHTED, SMOOTH = (nn.CrossEntropyLoss(torch.ones(3)), nn.CrossEntropyLoss(label_smoothing=0.1))
+POS_WEIGHT = nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
+SUM = nn.CrossEntropyLoss(reduction="sum")
+SICK = copy.deepcopy(LINEAR)
+SICK.weight.data[1, 2] = NAN
+NO_DATA = {  # these need no data, so they are told before any is read
+    "labels unknown": case(V, "labels", *LABELS, "'true'", labels="true"),
+    "criterion sums": case(V, "criterion", "mean", "CrossEntropyLoss", criterion=SUM),
+    "class weights": case(V, "criterion", "plain", criterion=WEIGHTED),
+    "class weights, empirical": case(V, "plain", criterion=WEIGHTED, labels="empirical"),
+    "pos_weight": case(V, "criterion", "plain", criterion=POS_WEIGHT),
+    "label smoothing": case(V, "criterion", "plain", criterion=SMOOTH),
+    "no distribution": case(V, "L1Loss", "'empirical'", criterion=nn.L1Loss()),
+    "none to draw from": case(V, "'empirical'", criterion=F.multi_margin_loss, labels="sampled"),
+    "complex weights": case(V, "model", "real", "bias", model=nn.Linear(4, 3, dtype=torch.cfloat)),
+}
+BATCH_NORM = nn.Sequential(LINEAR, nn.BatchNorm1d(3, track_running_stats=False))
+OVERFLOW, SCORES = then(lambda z: z * 1e38 * 1e38), then(lambda z: {"scores": z})
+PAIRS, NO_EXAMPLES = ("loader", "(x, y)"), ("data_loader", "0 examples")
+NANS, FLAT, TWOS = torch.full((6, 3), NAN), nn.Linear(4, 3, bias=False), torch.full((6, 3), 2)
+nn.init.zeros_(FLAT.weight)
+BAD_DATA = {
+    "NaN weight": case(V, "weights", "not finite", model=SICK),
+    "batch statistics": case(V, "'1'", "track_running_stats", model=BATCH_NORM),
+    "no gradient": case(V, "model", "do not depend", model=then(torch.Tensor.detach)),
+    "model returns no logits": case(T, "model", "'logits'", "scores", model=SCORES),
+    "outputs overflow": case(V, "outputs", "finite", "weights", model=OVERFLOW),
+    "empty loader": case(V, *NO_EXAMPLES, "empty", loader=[]),
+    "all labels ignored": case(V, *NO_EXAMPLES, "ignored", y=Y - 100),
+    "loader of dicts": case(T, *PAIRS, loader=[{"x": X, "y": Y}]),
+    "loader of lists": case(T, *PAIRS, "list", x=X.tolist()),
+    "more inputs than labels": case(T, *PAIRS, "6, 4", "5", y=Y[:5]),
+    "NaN input": case(V, "outputs", "x ", "finite", x=changed(X, NAN)),
+    "one logit": case(V, "labels y", "two classes", model=nn.Linear(4, 1)),
+    "label too large": case(V, "labels y", "0..2", "0..3", y=changed(Y, 3)),
+    "soft labels": case(V, "labels y", "class indices", "(6, 3)", y=X[:, :3] / 3),
+    "BCE out of range": case(V, "labels y", "0..1", "2", y=TWOS, criterion=BCE),
+    "MSE would broadcast": case(V, "labels y", "(6, 3)", "(6, 1)", y=Y[:, None], criterion=MSE),
+    "MSE of NaN": case(FloatingPointError, "clean y", y=NANS, criterion=MSE, labels="empirical"),
+    "overflow": case(FloatingPointError, "'weight'", "scale x", x=1e20 * X, model=FLAT),
+    "late NaN input": case(V, "x ", "finite", loader=[(X, Y)] * 900 + [(changed(X, NAN), Y)]),
+    "late label": case(V, "labels y", "0..7", loader=[(X, Y)] * 900 + [(X, changed(Y, 7))]),
+}
+
+
+@pytest.mark.parametrize("name", NO_DATA | BAD_DATA)
+def test_bad_input_is_told_in_plain_words_before_any_data_is_read_that_it_does_not_need(name):
+    error, words, (model, loader, criterion), options = (NO_DATA | BAD_DATA)[name]
+
+    def unread():
+        raise AssertionError("data was read")
+        yield
+
+    with refused(error, *words):
+        loader = unread() if name in NO_DATA else loader
+        compute_fisher_information(model, loader, criterion, **options)

@@ -1,116 +1,263 @@
-"""The README's Python blocks run as they stand, and the penalty in them does what it is for."""
+"""The Python blocks of README.md and tests/RECIPES.md run as they stand, and the penalty helps."""
 
+import contextlib
 import copy
+import io
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import reference
 import torch
-from torch import nn
+from reference import Net
 
-import ewc_utils as ewc
-from ewc_utils import accuracy, ewc_loss
+import ewc_utils
+from ewc_utils import add_ewc_gradients, compute_fisher_information, ewc_loss, take_anchor
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-OPTIONAL = re.compile(r"# .*\b(Transformers|Lightning)\b")  # in the first line: a library that the tests do without
-PENALTY = "lambda_ewc=1.0"
-
-
-def blocks():
-    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-
-
-def executed():
-    return [block for block in blocks() if not OPTIONAL.match(block)]
+ROOT = Path(__file__).resolve().parent.parent
+README, RECIPES = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "tests/RECIPES.md")
+)
+PRINTED = re.compile(r"lambda_ewc = +(\d+): (\d+)% on task A, (\d+)% on task B")
+NOISE = ["the Fisher ", "'pin_memory' argument", ".*litlogger"]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in NOISE]
 
 
-def run(sources):
-    """Execute in order in one namespace; after each block that sets lambda_ewc: (penalty at 1, accuracy on A, on B)."""
-    here, after = {}, []
-    for number, source in enumerate(sources, 1):
-        exec(compile(source, f"README.md, Python block {number}", "exec"), here)
-        if "lambda_ewc=" in source:
-            far = ewc_loss(here["model"], here["fisher"], here["anchor"], 1.0).item()
-            after.append((far, *(accuracy(here["model"], here[task].x, here[task].y) for task in ("task_a", "task_b"))))
-    return after
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a block may write files
+FIRST, IN_PLACE = blocks(README)
+RECIPE = dict(zip(re.findall(r"^## (.*)$", RECIPES, re.MULTILINE), blocks(RECIPES)))
+PARTS, FROZEN, HEAD, LORA, TEXT, LIGHTNING = RECIPE
+ALL = {"README": IN_PLACE, **RECIPE}
 
 
-def test_every_block_is_valid_python():
-    for number, block in enumerate(blocks(), 1):
-        compile(block, f"README.md, Python block {number}", "exec")
+def run(source, names):
+    """Execute a block; return [(lambda, accuracy on A, on B) in percent, as printed]."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        exec(compile(source, "Python block", "exec"), names)
+    return [tuple(map(int, found)) for found in PRINTED.findall(text.getvalue())]
 
 
-def test_blocks_run_in_order_as_they_stand():
-    assert len(executed()) >= 2
-    run(executed())
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """(names, printed) after README's first block, on the bundled sample, in an empty folder."""
+    names = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EWC_DATA", str(ewc_utils.SAMPLE))
+        patch.chdir(tmp_path_factory.mktemp("recipes"))
+        torch.manual_seed(0)
+        printed = run(FIRST, names)
+        yield names, printed
 
 
-def test_loops_with_the_penalty_learn_and_forget_less_than_without():
-    with_penalty, without = run(executed()), run([block.replace(PENALTY, "lambda_ewc=0.0") for block in executed()])
-    assert sum(PENALTY in block for block in executed()) >= 2, "the loop with ewc_loss and the one with add_ewc_gradients"
-    for block, (far, on_a, on_b), (free_far, free_on_a, _) in zip([b for b in executed() if "lambda_ewc=" in b], with_penalty, without):
-        if PENALTY in block:
-            assert far < free_far / 2 and on_a > free_on_a and on_b > 0.85
+@pytest.fixture(scope="module")
+def recipe(first):
+    """recipe(title): (names, printed) after that block alone, run once."""
+    done = {}
+
+    def get(title):
+        library = re.match(r"# (\w+)\n", ALL[title])
+        if library:
+            pytest.importorskip(library[1])
+        if title not in done:
+            torch.manual_seed(0)
+            names = dict(first[0])
+            done[title] = names, run(ALL[title], names)
+        return done[title]
+
+    return get
 
 
-def test_loss_term_and_added_gradient_train_the_same_weights():
-    (far, *scores), (same_far, *same_scores) = run(executed())[:2]
-    assert same_far == pytest.approx(far, rel=1e-3)
-    assert same_scores == pytest.approx(scores, abs=2e-3)
+def trained(train, model, task, penalty, **kwargs):
+    learner = copy.deepcopy(model)
+    train(learner, task, penalty, **kwargs)
+    return take_anchor(learner)
 
 
-@pytest.fixture
-def toy():
-    """A small model right after task A, and loaders for both tasks, under the names the README uses."""
+def penalty_for(model):
+    fisher, anchor = reference.random_penalty(model)
+    return fisher, anchor, 0.5
+
+
+def small(task, n=200):
+    return task._replace(train_x=task.train_x[:n], train_y=task.train_y[:n])
+
+
+# ---------------------------------------------------------------- the texts
+
+
+def test_the_readme_is_short_every_recipe_has_one_block_and_no_block_is_wide():
+    assert README[: README.index("## References")].count("\n") <= 150
+    sections = RECIPES.split("\n## ")[1:]
+    assert [section.count("```python") for section in sections] == [1] * len(RECIPE)
+    lines = "".join([FIRST, *ALL.values()]).splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_every_relative_link_leads_to_a_file():
+    for text, folder in ((README, ROOT), (RECIPES, ROOT / "tests")):
+        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        assert links and [link for link in links if not (folder / link).exists()] == []
+
+
+def test_the_map_of_the_module_names_its_sections_and_what_is_there():
+    source = (ROOT / "ewc_utils.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w[\w ]*) \| (.*) \| (.*`test_\w+\.py`.*) \|$", README, re.MULTILINE)
+    assert [row[0] for row in rows] == re.findall(r"^# -{8,} (.*)$", source, re.MULTILINE)
+    for section, what, files in rows:
+        part = source.split(f"- {section}\n")[1].split("# -----")[0]
+        for name in re.findall(r"`(\w+)`", what):
+            assert re.search(rf"^(def|class) {name}\b", part, re.MULTILINE), name
+        assert all((ROOT / "tests" / file).exists() for file in re.findall(r"`(.*?)`", files))
+
+
+# ---------------------------------------------------------------- what they print
+
+
+def test_the_first_loop_prints_what_the_readme_says(first):
+    """62 % on task A instead of 34 %, and 90 % on task B in both cases."""
+    (zero, free_a, free_b), (_, on_a, on_b) = first[1]
+    assert zero == 0
+    claim = re.search(r"about (\d+) % on task A instead of (\d+) %, and (\d+) % on task B", README)
+    wanted = [int(number) for number in claim.groups()]
+    assert [on_a, free_a, on_b] == pytest.approx(wanted, abs=6)
+    assert free_b == pytest.approx(wanted[2], abs=3)
+
+
+@pytest.mark.parametrize("title", ALL)
+def test_with_the_penalty_less_is_forgotten_and_task_b_is_learned(title, recipe):
+    (zero, free_a, free_b), (strength, on_a, on_b) = recipe(title)[1]
+    assert zero == 0 < strength
+    assert on_a >= free_a + 15
+    assert on_b >= max(80, free_b - 6)
+
+
+# ---------------------------------------------------------------- what they compute
+
+
+def test_all_loops_take_the_same_steps(first, recipe):
+    """The loss term, the gradient in place, five parts of a batch, and a batch not cut evenly."""
+    names, task = first[0], small(first[0]["task_b"])
+    model, penalty = names["model"], penalty_for(names["model"])
+    in_place = recipe("README")[0]["train_in_place"]
+    in_parts = recipe(PARTS)[0]["train_in_parts"]
+    wanted = trained(names["train"], model, task, penalty)
+    free = trained(names["train"], model, task, (*penalty[:2], 0))
+    for found in (
+        trained(in_place, model, task, penalty),
+        trained(in_parts, model, task, penalty),
+        trained(in_parts, model, task, penalty, parts=3),
+    ):
+        reference.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    assert max((wanted[k] - free[k]).abs().max() for k in wanted) > 0.05
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_may_remember_less(first, recipe):
+    names, printed = recipe(FROZEN)
+    frozen, free = (copy.deepcopy(names["normalised"]) for _ in range(2))
+    before, task = copy.deepcopy(frozen.layers[2]), small(names["task_b"])
+    penalty = penalty_for(frozen)
+    names["train_frozen"](frozen, task, penalty)
+    names["train"](free, task, penalty)
+    assert torch.equal(frozen.layers[2].running_mean, before.running_mean)
+    assert torch.equal(frozen.layers[2].running_var, before.running_var)
+    assert not torch.equal(free.layers[2].running_mean, before.running_mean)
     torch.manual_seed(0)
-    model, task = ewc.SimpleMLP(784, 8, 10), lambda: (torch.rand(64, 1, 28, 28), torch.randint(0, 10, (64,)))
-    loader_a, loader_b = (ewc.TensorLoader(*task(), batch_size=16, shuffle=False) for _ in range(2))
-    ewc.train_with_ewc(model, loader_a, nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), 1e-2), None, None, 0, epochs=3)
-    return {"model": model, "loader_a": loader_a, "loader_b": loader_b}
+    adapting = run(RECIPE[FROZEN].replace(", train_frozen,", ", train,"), dict(first[0]))
+    assert adapting[1][1] > printed[1][1]
 
 
-def test_the_fused_gradient_trains_as_the_loss_term_does(toy):
-    """Both against a loop in float64 with the penalty's gradient written out."""
-    model, criterion, lr, lambda_ewc = toy["model"], nn.CrossEntropyLoss(), 0.05, 5.0
-    fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}
-    anchor = {name: p.detach() + 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
-    by_loss, fused, truth = (copy.deepcopy(model) for _ in range(3))
-    truth.double()
-    for x, y in toy["loader_b"]:
-        for net in (by_loss, fused):
-            optimizer = torch.optim.SGD(net.parameters(), lr)
-            penalty = ewc.ewc_loss(net, fisher, anchor, lambda_ewc) if net is by_loss else 0
-            (criterion(net(x), y) + penalty).backward()
-            if net is fused:
-                ewc.add_ewc_gradients(net, fisher, anchor, lambda_ewc)
-            optimizer.step()
-            optimizer.zero_grad()
-        grads = torch.autograd.grad(criterion(truth(x.double()), y), list(truth.parameters()))
-        with torch.no_grad():
-            for (name, p), g in zip(truth.named_parameters(), grads):
-                p -= lr * (g + lambda_ewc * fisher[name].double() * (p - anchor[name].double()))
-    free = copy.deepcopy(model)
-    ewc.train_with_ewc(free, toy["loader_b"], criterion, torch.optim.SGD(free.parameters(), lr), None, None, 0)
-    for (name, wanted), a, b, c in zip(truth.named_parameters(), by_loss.parameters(), fused.parameters(), free.parameters()):
-        torch.testing.assert_close(a.double(), wanted, rtol=1e-4, atol=1e-6, msg=f"{name} by ewc_loss")
-        torch.testing.assert_close(b.double(), wanted, rtol=1e-4, atol=1e-6, msg=f"{name} by add_ewc_gradients")
-        assert not torch.allclose(c.double(), wanted, rtol=1e-4, atol=1e-6), f"{name}: the penalty did nothing"
-
-
-def test_fused_gradients_come_to_parameters_without_one_and_vanish_for_lambda_0(toy):
-    model = toy["model"]
-    fisher, anchor = {n: torch.ones_like(p) for n, p in model.named_parameters()}, ewc.take_anchor(model)
+def test_a_grown_head_computes_the_old_logits_and_its_new_rows_are_free(recipe):
+    names, _ = recipe(HEAD)
+    model = ewc_utils.SimpleMLP(784, 16, 8)
+    fisher, anchor = reference.random_penalty(model)
+    x = torch.rand(5, 784)
+    old = model(x)
+    model.layers[-1] = names["grown"](model.layers[-1], 2)
+    torch.testing.assert_close(model(x)[:, :8], old)
+    fisher, anchor = names["padded"](fisher, model), names["padded"](anchor, model)
+    energy = ewc_loss(model, fisher, anchor, 1.0).item()
     with torch.no_grad():
-        for p in model.parameters():
-            p += 0.5
-    model.zero_grad()
-    ewc.add_ewc_gradients(model, fisher, anchor, 0)
-    assert all(p.grad is None for p in model.parameters())
-    ewc.add_ewc_gradients(model, fisher, anchor, 3.0)
-    for p in model.parameters():
-        torch.testing.assert_close(p.grad, torch.full_like(p, 1.5))
+        model.layers[-1].weight[8:] += 1
+        model.layers[-1].bias[8:] += 1
+    assert ewc_loss(model, fisher, anchor, 1.0).item() == energy > 0
+    with torch.no_grad():
+        model.layers[-1].weight[:8] += 1
+    assert ewc_loss(model, fisher, anchor, 1.0).item() > energy
+
+
+def test_only_the_adapters_of_lora_have_a_fisher_and_move(recipe):
+    pytest.importorskip("peft")
+    names, _ = recipe(LORA)
+    net = names["get_peft_model"](copy.deepcopy(names["model"]), names["config"])
+    names["train"](net, small(names["task_a"]))  # at the start one factor of each adapter is 0
+    x, y = names["task_a"].train_x[:20], names["task_a"].train_y[:20]
+    fisher, anchor = compute_fisher_information(net, [(x, y)], names["criterion"]), take_anchor(net)
+    assert fisher.keys() == anchor.keys() and len(fisher) == 4
+    assert all("lora_" in name for name in fisher)
+    assert reference.error(fisher, reference.fisher(net, [(x.double(), y)])) < 1e-4
+    before = copy.deepcopy(net.state_dict())
+    names["train"](net, small(names["task_b"]), (fisher, anchor, 1.0))
+    moved = {k for k, t in net.state_dict().items() if not torch.equal(t, before[k])}
+    assert moved == fisher.keys()
+
+
+def test_the_fisher_of_padded_texts_is_that_of_the_texts_alone(recipe):
+    """So the attention mask counts. A mask of four dimensions also avoids the slow way."""
+    pytest.importorskip("transformers")
+    names, _ = recipe(TEXT)
+    bert, x, y = names["bert"], names["texts"](0).train_x[:40], torch.zeros(40, dtype=torch.long)
+    assert {3, 8} <= set(x[:, 1].sum(1).tolist()), "short texts and one that needs no padding"
+    forwards = (
+        lambda m, x: m.net(input_ids=x[:, 0, : x[0, 1].sum()]).logits,
+        lambda m, x: m.net(input_ids=x[:, 0]).logits,
+    )
+    alone, unmasked = (reference.fisher(Net(f, net=bert), [(x, y)]) for f in forwards)
+    found = compute_fisher_information(names["Text"](bert), [(x, y)], names["criterion"])
+    assert reference.error(found, alone) < 1e-3 and reference.error(found, unmasked) > 0.1
+    mask = "attention_mask=x[:, 1, None, None].bool()"
+    assert mask in RECIPES
+    wide = eval(f"lambda m, x: m.net(input_ids=x[:, 0], {mask}).logits")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the Fisher")
+        found = compute_fisher_information(Net(wide, net=bert), [(x, y)], names["criterion"])
+    assert reference.error(found, alone) < 1e-3
+
+
+def test_transformers_adds_the_penalty_once_per_optimizer_step(recipe, monkeypatch):
+    """Also with gradient accumulation, before the step, and to the weights that are trained."""
+    pytest.importorskip("transformers")
+    names, _ = recipe(TEXT)
+    options, steps, pulls = names["TrainingArguments"], [], []
+    accumulating = lambda *a, **k: options(*a, **k, gradient_accumulation_steps=2)  # noqa: E731
+    monkeypatch.setitem(names, "TrainingArguments", accumulating)
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or step(*a))
+
+    def counted(model, *penalty):
+        before = model.net.classifier.weight.grad.clone()
+        add_ewc_gradients(model, *penalty)
+        pulls.append((len(steps), not torch.equal(model.net.classifier.weight.grad, before)))
+
+    monkeypatch.setitem(names, "add_ewc_gradients", counted)
+    model = names["Text"](copy.deepcopy(names["bert"]))
+    names["train_text"](model, small(names["texts"](0), 120), penalty_for(model))
+    assert pulls == [(n, True) for n in range(3 * 3)]
+
+
+def test_lightning_takes_the_steps_of_the_loop_and_its_hook_moves_the_penalty(recipe):
+    """With one batch an epoch, because it draws another order of the batches."""
+    pytest.importorskip("lightning")
+    names, _ = recipe(LIGHTNING)
+    task, penalty = small(names["task_b"], 50), penalty_for(names["model"])
+    wanted = trained(names["train"], names["model"], task, penalty)
+    found = trained(names["fit"], names["model"], task, penalty)
+    reference.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    learner = names["Learner"](copy.deepcopy(names["model"]))
+    learner.penalty = penalty_for(learner.net)
+    learner.to("meta").on_train_start()
+    assert all(t.is_meta for values in learner.penalty[:2] for t in values.values())
+    assert learner.penalty[2] == 0.5
