@@ -706,7 +706,7 @@ def _check_finite(tensors, start, step):
 
 def _checked_groups(params, train_loader, optimizer, epochs, penalty, every):
     """{parameter: its optimizer group}, after checks."""
-    if epochs > 1 and iter(train_loader) is train_loader:
+    if epochs > 1 and hasattr(train_loader, "__next__"):
         raise ValueError(f"train_loader serves 1 of {epochs} epochs: pass a list or a loader")
     if epochs < 1 or not {"explicit": every == 1, "implicit": every >= 1}.get(penalty):
         rule = "'explicit' with every=1, or 'implicit'; epochs and every must be at least 1"
@@ -731,7 +731,6 @@ class EWC:
     "online": F = gamma F + F_k, 0 < gamma <= 1, likewise (Schwarz et al. 2018, eq. 9).
     "separate": one penalty per task (Kirkpatrick et al. 2017), whose sum pulls like F = sum_k F_k
       at the Fisher-weighted mean of the anchors.
-
     ``torch.load(..., weights_only=True)`` reads a saved ``state_dict()``. Raises ValueError.
     """
 
@@ -844,7 +843,5 @@ def nearest_kronecker_sum(first, second):
         u, s, v = torch.linalg.svd(a_mix @ g_mix.T)
         found = s[0].sqrt() * a @ u[:, 0], s[0].sqrt() * g @ v[0]
         sign = 1 if found[0].view_as(pairs[0][0]).trace() >= 0 else -1
-        result[layer] = tuple(
-            (sign * f).view_as(pair[0]).to(pair[0]) for f, pair in zip(found, pairs)
-        )
+        result[layer] = tuple((sign * f).view_as(p[0]).to(p[0]) for f, p in zip(found, pairs))
     return result
