@@ -648,7 +648,8 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
       theta* + (theta - theta*) / (1 + lr lambda_ewc F), with lr / (1 - momentum) for lr. Stable for
       every lambda_ewc; refused for Adam and others, which rescale the gradient.
     every: "implicit" only, one proximal step for so many steps of the optimizer.
-    scheduler, callback: stepped after every batch; callback(step, model), from step 0 on.
+    scheduler, callback: scheduler.step() and callback(step, model) run after every step, the
+      callback also at step 0.
 
     Returns the mean L_B of each epoch. A model in evaluation mode trains in training mode and is
     put back; else every module keeps its mode: eval() freezes the running statistics of BatchNorm,
