@@ -1,13 +1,12 @@
 """Elastic Weight Consolidation (EWC): one equation (Kirkpatrick et al. 2017, eq. 3).
 
-    L(theta) = L_B(theta) + lambda_ewc / 2 * sum_i F_i (theta_i - theta*_i)^2
+    L(theta) = L_B(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2
 
 L_B     the mean loss over the examples of task B: ``criterion`` with reduction="mean"
 F_i     the diagonal Fisher of task A: the mean over its examples of squared per-example gradients
 theta*  the anchor: the weights right after task A
-1/2     part of the penalty: its gradient is lambda_ewc F (theta - theta*)
-
-Bayes' rule then gives lambda_ewc = N_A / N_B, the numbers of examples.
+1/2     part of the penalty: its gradient is lambda F (theta - theta*)
+lambda  N_A / N_B, the numbers of examples, by Bayes' rule; ``lambda_ewc`` in the code
 """
 
 import contextlib
@@ -19,6 +18,7 @@ import socket
 import warnings
 from collections import namedtuple
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 SAMPLE = Path(__file__).resolve().parent / "tests" / "data"
 TIMEOUT = 10.0  # seconds that a download host may stay silent
 
-# x: uint8 images (n, 1, 28, 28); y: int64 labels (n,); source: "full data", "bundled sample", ...
+# x: uint8 images (n, 1, 28, 28), y: int64 labels (n,), source: "full data", "bundled sample", ...
 Task = namedtuple("Task", "name train_x train_y test_x test_y classes source")
 
 
@@ -50,28 +50,30 @@ class TensorLoader:
         return math.ceil(len(self.x) / self.batch_size)
 
     def __iter__(self):
-        n, g = len(self.x), self.generator
-        order = torch.arange(n) if g is None else torch.randperm(n, generator=g)
-        return ((self.x[rows], self.y[rows]) for rows in order.split(self.batch_size))
+        size, g = self.batch_size, self.generator
+        if g is None:
+            return zip(self.x.split(size), self.y.split(size))
+        order = torch.randperm(len(self.x), generator=g).split(size)
+        return ((self.x[rows], self.y[rows]) for rows in order)
 
 
 def load_tasks(*names, root=None):
-    """Load "FashionMNIST", "MNIST" or both as a list of ``Task``s, all from one source.
+    """Load "FashionMNIST", "MNIST" or both, as a list of ``Task``s from one source.
 
     The source is ``root``, or the folder in the environment variable EWC_DATA, or ``data/`` and a
-    download by torchvision; where that fails, the bundled sample, with a notice. Raises ValueError.
+    download by torchvision; where that fails, the bundled sample, announced. Raises ValueError.
     """
     if not names or not set(names) <= {"FashionMNIST", "MNIST"}:
         raise ValueError(f"names must be 'FashionMNIST' or 'MNIST', got {names}")
     if given := root or os.environ.get("EWC_DATA"):
         return [_read_task(name, Path(given).expanduser()) for name in names]
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: a silent host would hang for ever
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
     try:
         return [_read_task(name, Path("data"), download=True) for name in names]
     except ValueError as error:
         print(f"NOTICE  {error}")
-        print("NOTICE  Using the BUNDLED SAMPLE. For all data go online, or set EWC_DATA to them.")
+        print("NOTICE  Using the BUNDLED SAMPLE. For all data go online, or set EWC_DATA.")
     finally:
         socket.setdefaulttimeout(timeout)
     return [_read_task(name, SAMPLE) for name in names]
@@ -90,7 +92,7 @@ def _read_task(name, root, download=False):
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                 raise ValueError("images and labels do not match")
             parts += [part.data.unsqueeze(1), part.targets]
-    except Exception as error:  # torchvision raises many kinds for a missing or damaged file
+    except Exception as error:  # torchvision raises many kinds
         raise ValueError(f"{root / name / 'raw'}: {error!r}; delete damaged files") from error
     source = {60_000: "full data", 5_000: "bundled sample"}.get(len(parts[0]), str(root))
     return Task(name, *parts, [label.split(" - ")[0] for label in maker.classes], source)
@@ -131,7 +133,7 @@ def accuracy(model, x, y, *, batch_size=1000):
 
 def take_anchor(model):
     """theta*: a detached copy of every trainable parameter, by name. Take it right after task A."""
-    with torch.inference_mode(False):  # what inference mode makes cannot take part in a gradient
+    with torch.inference_mode(False):  # its tensors cannot take part in a gradient
         return {name: p.detach().clone() for name, p in _trainable(model).items()}
 
 
@@ -156,7 +158,7 @@ def _logits(output, n):
     z = z[0] if isinstance(z, (tuple, list)) and z else z
     if not torch.is_tensor(z):
         raise TypeError(f"model must return a tensor, or something with 'logits', got {output!r}")
-    # A forward that ends in squeeze() drops the batch dimension of a single example.
+    # squeeze() at the end of forward drops the batch dimension of a single example.
     return z[None] if n == 1 and (z.dim() == 0 or len(z) != 1) else z
 
 
@@ -175,8 +177,8 @@ def _modes_restored(model):
 # -------- Fisher
 
 LABELS = ("exact", "sampled", "empirical")
-TOGETHER = 768  # examples that run at once
-COPIES = 2**20  # numbers in all copies of the weights together, so that they stay in the cache
+TOGETHER = 384  # examples that run at once
+COPIES = 2**22  # numbers in all copies of the weights together, for the cache's sake
 
 
 @torch.inference_mode(False)  # it turns gradients on, too
@@ -185,20 +187,20 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 
     F_i = 1/N sum_n E_y [(d log p(y | x_n, theta) / d theta_i)^2]   (Martens 2020, sec. 5 and 11)
 
-    data_loader: any iterable of batches (x, y).
-    criterion: names p, a plain CrossEntropyLoss the categorical distribution, BCEWithLogitsLoss the
-      Bernoulli, MSELoss the Gaussian of variance 1/2. labels="empirical" takes any other, too.
+    data_loader: an iterable of batches (x, y).
+    criterion: CrossEntropyLoss (p is categorical), BCEWithLogitsLoss (Bernoulli) or MSELoss
+      (Gaussian of variance 1/2), without weights. For "empirical" any other mean, too.
     labels: "exact" is all y, weighted by the model's own p, in T (C - 1) backward passes for C
-      classes at T positions (pixels, tokens), T C for C outputs of BCE or MSE. "sampled" is one y
-      drawn from p: one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
+      classes at T positions (pixels, tokens), T C for BCE and MSE. "sampled" is one y drawn from p:
+      one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
 
-    Returns {name: tensor >= 0}, float32 or wider. The positions of an example add up in log p,
-    except at ``ignore_index``. A private copy of the model runs, in evaluation mode. The mean is
-    over all processes of torch.distributed. Raises TypeError, ValueError, FloatingPointError.
+    Returns {name: tensor >= 0}, float32 or wider. log p sums over an example's positions, without
+    ``ignore_index``. A private copy of the model runs, in evaluation mode. Under torch.distributed
+    the mean is over all processes. Raises TypeError, ValueError, FloatingPointError.
     """
-    likelihood, params = _Likelihood(criterion, labels, seed), _trainable(model)
+    likelihood, params = _Likelihood(criterion, labels), _trainable(model)
     totals = {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
-    with _mean_over_examples(totals, model) as examples:
+    with _mean_over_examples(totals, model, seed) as examples:
         for x, y in _joined(data_loader, params):
             examples.add_squared_scores(totals, likelihood, x, y)
     return totals
@@ -207,82 +209,103 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 class _PerExample:
     """A private copy of a model that gives every example its own copy of the parameters.
 
-    vmap runs all examples at once, and autograd returns one gradient per copy, hence per example.
-    A linear layer with one input a per example needs no copy: its gradient is g a^T, g being that
-    of its output, so sum_n sum_v (g a^T)^2 = (sum_v g^2)^T (a^2). A loop stands in for vmap where
-    vmap cannot run a model.
+    vmap runs all examples at once, and autograd returns one gradient per copy, hence per example;
+    a loop stands in where vmap fails. Linear layers and convolutions need no copies: an example's
+    gradient is g^T a, with a row for each position of the inputs a and of the gradients g of the
+    outputs. For a single position, sum_n sum_v (g^T a)^2 = (sum_v g^2)^T (a^2).
     """
 
     def __init__(self, model):
-        # deepcopy refuses stored activations with a history: take them without.
+        # deepcopy refuses stored activations with a history.
         stored = [t for m in model.modules() for t in vars(m).values() if torch.is_tensor(t)]
         memo = {id(t): t.detach().clone() for t in stored if not t.is_leaf}
         self.net = copy.deepcopy(model, memo).eval()
         self.params, self.buffers = _trainable(self.net), dict(self.net.named_buffers())
-        self.count, self.plans, self.linear = 0, {}, {}
+        self.count, self.plans, self.shared, self.calls = 0, {}, {}, {}
         names = {name for name, _ in self.net.named_parameters()}  # a tied parameter has one name
         for name, layer in self.net.named_modules():
             prefix = f"{name}." if name else ""
-            own = {prefix + k for k, _ in layer.named_parameters()}
-            if type(layer) is nn.Linear and prefix + "weight" in own and own <= names:
-                bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias
-                layer.__class__, layer.fixed = _SharedLinear, (layer.weight.detach(), bias)
-                layer.register_buffer("shift", None)
-                self.linear[prefix] = layer
+            own, kind = {prefix + k for k, _ in layer.named_parameters()}, type(layer)
+            if kind is nn.Conv2d and (layer.groups, layer.padding_mode) == (1, "zeros"):
+                kind = nn.Linear if isinstance(layer.padding, tuple) else kind  # of patches
+            trained = own & self.params.keys()
+            if kind is nn.Linear and trained and prefix + "weight" in own <= names:
+                bias = None if layer.bias is None else layer.bias.detach()
+                fixed = layer.weight.detach().requires_grad_(), bias
+                layer.forward = partial(self.product, prefix, layer, layer.forward, fixed)
+                self.shared[prefix] = layer
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
                 raise ValueError(f"{name!r} mixes examples: it needs track_running_stats=True")
 
     def add_squared_scores(self, totals, likelihood, x, y):
         """totals += sum_n E_y[score^2], with the score d log p / d theta."""
         plan = self.plan(x)
-        parts = zip(x.split(plan.size), y.split(plan.size))
+        n = math.ceil(len(x) / plan.size)
+        parts = zip(x.chunk(n), y.chunk(n))
         zs = [self.add_squares(totals, plan, likelihood, a, b) for a, b in parts]
         self.check_outputs(torch.cat(zs), x)
         self.count += likelihood.counted(y).sum().item()
 
     def add_squares(self, totals, plan, likelihood, x, y):
         """totals += sum_n sum_v (J_n^T v)^2, with J_n = d z_n / d theta. Returns z."""
-        z, inputs, copies, shifts = self.run(plan, x)
-        squares = {shift: torch.zeros_like(_wide(t)) for shift, t in shifts.items()}
+
+        def add(name, squares):
+            if name in totals:
+                totals[name] += squares.view_as(totals[name])
+
+        z, copies, inputs, outputs = self.run(plan, x)
+        single = {k: torch.zeros_like(_wide(t[:, 0])) for k, t in outputs.items() if len(t[0]) == 1}
         for v in likelihood.directions(z.detach(), y):
-            for name, g in _gradients(z, copies | shifts, v).items():
-                if name in squares:
-                    squares[name].addcmul_(g, g)  # += g^2
-                elif len(g) == 1:
-                    totals[name].addcmul_(g[0], g[0])
+            for name, g in _gradients(z, copies | outputs, v).items():
+                if name in copies:
+                    add(name, g.square().sum(0))
+                elif name in single:
+                    single[name].addcmul_(g[:, 0], g[:, 0])
                 else:
-                    totals[name] += g.square().sum(0)
-        for layer, (a,) in inputs.items():
-            g_squared, a_squared = squares[layer + "shift"], _wide(a.flatten(1)).square()
-            if layer + "weight" in totals:
-                totals[layer + "weight"].addmm_(g_squared.T, a_squared)  # += (sum_v g^2)^T (a^2)
-            if layer + "bias" in totals:
-                totals[layer + "bias"] += g_squared.sum(0)
+                    add(name + "weight", (g.mT @ inputs[name]).square_().sum(0))
+                    add(name + "bias", g.sum(1).square().sum(0))
+        for layer, g_squared in single.items():
+            if layer + "weight" in totals:  # += (sum_v g^2)^T (a^2)
+                total = totals[layer + "weight"].flatten(1)
+                total.addmm_(g_squared.T, inputs[layer][:, 0].square())
+            add(layer + "bias", g_squared.sum(0))
         return z.detach()
 
     def run(self, plan, x):
-        """(z, inputs, copies, shifts): the outputs, and what to differentiate them by.
+        """z, copies {parameter: (n, *shape)}, inputs, outputs {layer: (n, positions, features)}."""
 
-        copies {parameter: (n, *shape)}; for the layers in ``plan.shared`` inputs {layer: [one for
-        each call]} and shifts {layer + "shift": (n, out)} of its output.
-        """
-
-        def copied(t):
-            return t.detach().expand(len(x), *t.shape).requires_grad_()
-
-        def alone(copies, shifts, row):
-            for layer in self.linear.values():
-                layer.inputs = []
+        def alone(copies, row):
+            self.calls = {k: [] for k in plan.shared}
             with _EmbeddingGradients():
-                z = functional_call(self.net, self.buffers | copies | shifts, row[None])
-            return _logits(z, 1)[0], {layer: self.linear[layer].inputs for layer in plan.shared}
+                z = functional_call(self.net, self.buffers | copies, row[None])
+            calls, self.calls = self.calls, {}
+            return _logits(z, 1)[0], {k: call[0] for k, call in calls.items() if len(call) == 1}
 
-        copies = {name: copied(p) for name, p in self.params.items()}
-        shifts = {k + "shift": copied(self.linear[k].fixed[1]) for k in plan.shared}
-        return *plan.map(alone)(copies, shifts, x), copies, shifts
+        copies = {k: self.params[k].detach() for k in plan.copied}
+        copies = {k: t.expand(len(x), *t.shape).requires_grad_() for k, t in copies.items()}
+        z, calls = plan.map(alone)(copies, x)
+        inputs = {k: _wide(a) for k, (a, _) in calls.items()}
+        return z, copies, inputs, {k: rows for k, (_, rows) in calls.items()}
+
+    def product(self, name, layer, forward, fixed, a):
+        """What a shared layer computes. It notes the rows of its inputs and its outputs."""
+        conv = isinstance(layer, nn.Conv2d)
+        if name not in self.calls or (conv and a.shape[:-3] != (1,)):
+            return forward(a)
+        if conv:
+            patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            z = layer._conv_forward(a, *fixed)
+            inputs, rows = patches[0].mT, z[0].flatten(1).mT
+            z = rows.clone().mT.view(z.shape)  # clone: the model may change z in place
+        else:
+            inputs = a.reshape(-1, a.shape[-1])
+            rows = F.linear(inputs, *fixed)
+            z = rows.clone().view(*a.shape[:-1], -1)
+        self.calls[name].append((inputs.detach(), rows))
+        return z
 
     def plan(self, x):
-        """How x of one shape runs: map, vmap or a loop; shared, layers without copies; size."""
+        """How x of one shape runs: map, shared layers, copied parameters, size."""
         key = x.shape[1:], x.dtype
         if key not in self.plans:
             z = _logits(self.net(x[:1]), 1)
@@ -290,43 +313,42 @@ class _PerExample:
             if not reached:
                 raise ValueError("model outputs do not depend on any trainable parameter")
             try:
-                self.plans[key] = self.make_plan(vmap, [*self.linear], x[:1], reached)
+                self.plans[key] = self.make_plan(vmap, [*self.shared], x[[0, 0]], reached)
             except RuntimeError as error:
                 warnings.warn(f"the Fisher runs one example at a time: {error}", stacklevel=2)
-                self.plans[key] = self.make_plan(_loop, [], x[:1], reached)
+                self.plans[key] = self.make_plan(_loop, [], x[[0, 0]], reached)
         return self.plans[key]
 
     def make_plan(self, mapped, shared, x, reached):
-        plan = SimpleNamespace(map=mapped, shared=shared)
-        z, inputs, copies, shifts = self.run(plan, x)
-        used = _gradients(z, copies | shifts, torch.ones_like(z)).keys()
-        if any(_layer_of(name) not in shared for name in reached - used):
+        plan = SimpleNamespace(map=mapped, shared=shared, copied=[*self.params])
+        for _ in range(2):  # first to find out, then to try it
+            z, copies, _, outputs = self.run(plan, x)
+            used = _gradients(z, copies | outputs, torch.ones_like(z)).keys()
+            elsewhere = {_layer_of(name) for name in used & copies.keys()}  # forward uses copies
+            plan.shared = [k for k in outputs if k in used and k not in elsewhere]
+            plan.copied = [k for k in self.params if _layer_of(k) not in plan.shared]
+        if not all(name in used or _layer_of(name) in used for name in reached):
             raise RuntimeError("under vmap some parameters have no gradient")
-        # A linear layer's own copies have gradients only where forward uses them elsewhere, too.
-        elsewhere = {_layer_of(name) for name in used & copies.keys()}
-        once = [k for k in shared if [a.numel() for a in inputs[k]] == [self.linear[k].in_features]]
-        plan.shared = [layer for layer in once if layer not in elsewhere]
-        copied = [p.numel() for k, p in self.params.items() if _layer_of(k) not in plan.shared]
-        plan.size = min(TOGETHER, 1 + COPIES // (1 + sum(copied)))
+        sizes = [self.shared[k].weight.numel() for k in plan.shared if len(outputs[k][0]) > 1]
+        held = sum(self.params[k].numel() for k in plan.copied) + max(sizes, default=0)
+        plan.size = min(TOGETHER, 1 + COPIES // (1 + held))
         return plan
 
     def check_outputs(self, z, x):
         """Raise unless z, of examples alone, is finite and the same in a batch."""
         if not z.isfinite().all():
-            raise ValueError("outputs are not finite: x or the weights hold NaN or huge numbers")
+            raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
         z, x = z[:: 1 + len(z) // 32], x[:: 1 + len(x) // 32]
         batch = _logits(self.net(x), len(x))
-        limit = torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()  # far above rounding
+        limit = torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()
         if z.shape != batch.shape or (z - batch).abs().max() > limit:
             raise ValueError("a batch has other outputs: no example may influence another")
 
 
 def _loop(function):
-    """What vmap(function) computes, one example after the other."""
-
-    def mapped(copies, shifts, x):
+    def mapped(copies, x):  # like vmap(function), one example after the other
         rows = zip(x, *(t.unbind() for t in copies.values()))
-        zs = [function(dict(zip(copies, own)), shifts, row)[0] for row, *own in rows]
+        zs = [function(dict(zip(copies, own)), row)[0] for row, *own in rows]
         return torch.stack(zs), {}
 
     return mapped
@@ -345,27 +367,15 @@ def _gradients(z, tensors, v):
     return {name: _wide(g.to_dense()) for name, g in zip(tensors, grads) if g is not None}
 
 
-class _SharedLinear(nn.Linear):
-    """A linear layer that all examples share; a shift for each takes the bias's place."""
-
-    def forward(self, a):
-        if self.shift is None:
-            return super().forward(a)
-        self.inputs.append(a.detach())
-        return F.linear(a, self.fixed[0]) + self.shift
-
-
 class _EmbeddingGradients(TorchFunctionMode):
     """Under vmap the backward pass of an embedding ignores padding_idx: cut that gradient here."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.embedding:
-            return function(*args, **(kwargs or {}))
-        (ids, weight), padding = args, kwargs["padding_idx"]
-        rows = F.embedding(ids, weight, None, kwargs["max_norm"], kwargs["norm_type"])
-        if padding is None:
-            return rows
-        return torch.where((ids == padding % len(weight)).unsqueeze(-1), rows.detach(), rows)
+        output = function(*args, **(kwargs or {}))
+        if function is F.embedding and kwargs["padding_idx"] is not None:
+            padding = args[0] == kwargs["padding_idx"] % len(args[1])
+            output = torch.where(padding.unsqueeze(-1), output.detach(), output)
+        return output
 
 
 class _Likelihood:
@@ -377,40 +387,39 @@ class _Likelihood:
         "Gaussian": (nn.MSELoss, F.mse_loss),
     }
 
-    def __init__(self, criterion, labels=(), seed=0):  # (): for training
+    def __init__(self, criterion, labels=()):  # (): for training
         if getattr(criterion, "reduction", "mean") != "mean":
             raise ValueError(f"criterion must take the mean, got {criterion!r}")
         same = [k for k, v in self.families.items() if criterion in v or type(criterion) in v]
         self.criterion, self.labels, self.family = criterion, labels, same[0] if same else None
-        self.categorical = self.family == "categorical"
-        self.ignore_index = getattr(criterion, "ignore_index", -100)
+        self.categorical, self.bernoulli = (self.family == k for k in ("categorical", "Bernoulli"))
+        nothing = -100 if self.categorical else math.nan
+        self.ignore_index = getattr(criterion, "ignore_index", nothing)
         options = [getattr(criterion, k, None) for k in ("weight", "pos_weight", "label_smoothing")]
         plain = self.family and options[0] is options[1] is None and not options[2]
         known = labels in LABELS and (plain or (labels == "empirical" and not self.family))
         if not known and labels != ():
             rule = f"one of {LABELS} for a plain CrossEntropyLoss, BCEWithLogitsLoss or MSELoss"
             got = f"got {labels!r} for criterion {criterion!r}"
-            raise ValueError(f"labels must be {rule}, 'empirical' for others, {got}")
-        rank = distributed.get_rank() if _is_distributed() else 0
-        self.generator = torch.Generator().manual_seed(seed + 10007 * rank)
+            raise ValueError(f"labels must be {rule}, else 'empirical', {got}")
 
     def directions(self, z, y):
         """Vectors v like z, one per pass, with sum_v v v^T = E_y[s s^T] for each example."""
         y, wide = self.fitting(z, y), _wide(z)
         counted = (y != self.ignore_index).unsqueeze(1) if self.categorical else 1
         if self.labels == "sampled":
-            y = self.sample(wide, torch.rand(y.shape, generator=self.generator).to(z.device))
+            y = self.sample(wide)
         for v in self.roots(wide) if self.labels == "exact" else [self.score(wide, y)]:
             yield (v * counted).to(z.dtype)
 
     def roots(self, z):
-        """The columns of a root of the covariance of s; positions are independent."""
+        """The columns of a root of the covariance of s."""
         if not self.categorical:
-            variance = z.sigmoid() * (-z).sigmoid() if self.family == "Bernoulli" else 0 * z + 2
+            variance = z.sigmoid() * (-z).sigmoid() if self.bernoulli else 0 * z + 2
             for one in torch.eye(z[0].numel(), device=z.device):
                 yield variance.sqrt() * one.view_as(z[0])
             return
-        # Draw y in steps, "c or a later class": C - 1 independent choices, one direction each.
+        # Draw y in C - 1 independent steps, "c or a later class", with one direction each.
         p = z.softmax(1).reshape(*z.shape[:2], -1)
         q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
         root = (p[:, :-1] * q[:, 1:] / q[:, :-1]).sqrt()
@@ -421,21 +430,18 @@ class _Likelihood:
                 v[:, c + 1 :, t] = p[:, c + 1 :, t] * (-root[:, c, t] / q[:, c + 1, t])[:, None]
                 yield v.view_as(z)
 
-    def sample(self, z, uniform):
-        """y from numbers in [0, 1), by the inverse of the distribution function."""
+    def sample(self, z):
         if self.categorical:
-            below = z.softmax(1).cumsum(1) < uniform.unsqueeze(1)
-            return below.sum(1).clamp_max(z.shape[1] - 1)
-        if self.family == "Bernoulli":
-            return (uniform < z.sigmoid()).to(z.dtype)
-        return z + torch.special.ndtri(uniform.clamp_min(2**-25)).to(z.dtype) / math.sqrt(2)
+            p = z.softmax(1).movedim(1, -1)
+            return p.flatten(0, -2).multinomial(1).view(p.shape[:-1])
+        u = torch.rand_like(z).clamp_min(2**-25)
+        return (u < z.sigmoid()).to(z) if self.bernoulli else z + torch.special.ndtri(u) / 2**0.5
 
     def score(self, z, y):
-        """d log p(y | z) / d z"""
         if self.categorical:
             return F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1) - z.softmax(1)
         if self.family:
-            return y - z.sigmoid() if self.family == "Bernoulli" else 2 * (y - z)
+            return y - z.sigmoid() if self.bernoulli else 2 * (y - z)
         z = z.detach().requires_grad_()
         loss = sum(self.criterion(z[i : i + 1], y[i : i + 1]) for i in range(len(z)))
         return -torch.autograd.grad(loss, z)[0]
@@ -450,16 +456,17 @@ class _Likelihood:
             kind = "class indices, of two classes or more," if self.categorical else "targets"
             got = f"{y.dtype} {tuple(y.shape)} for outputs {tuple(z.shape)}"
             raise ValueError(f"labels y must be {kind} {tuple(wanted)}, got {got}")
-        y = y.long() if self.categorical else y.to(z.dtype)
-        used, high = (y[y != self.ignore_index], z.shape[1] - 1) if self.categorical else (y, 1)
-        if self.family != "Gaussian" and used.numel() and not 0 <= used.min() <= used.max() <= high:
-            raise ValueError(f"labels y must lie in 0..{high}, got {used.min()}..{used.max()}")
+        y, high = (y.long(), z.shape[1] - 1) if self.categorical else (y.to(z.dtype), 1)
+        bounded = self.family != "Gaussian" and y.numel()
+        if bounded and not 0 <= y.min() <= y.max() <= high:
+            wrong = ~((y >= 0) & (y <= high)) & (y != self.ignore_index)
+            if wrong.any():
+                raise ValueError(f"labels y must lie in 0..{high}, got {y[wrong][0]}")
         return y
 
     def counted(self, y):
-        """Which examples have a position that is not ignored."""
-        kept = y.long() != self.ignore_index if self.categorical else torch.ones_like(y)
-        return kept.reshape(len(y), -1).any(1)
+        """Which examples are not ignored."""
+        return (y.long() != self.ignore_index).reshape(len(y), -1).any(1)
 
 
 def _wide(t):
@@ -480,41 +487,39 @@ def _batches(loader, params):
 
 
 def _joined(loader, params):
-    """The same with small batches of one shape joined, which saves time."""
-    held = []
+    """The same, small batches of one shape joined to save time."""
+    held, size = [], 0
     for x, y in _batches(loader, params):
-        size = len(x) + sum(len(a) for a, _ in held)
-        if held and (size > TOGETHER or x.shape[1:] != held[0][0].shape[1:]):
+        if held and (size + len(x) > TOGETHER or x.shape[1:] != held[0][0].shape[1:]):
             yield tuple(map(torch.cat, zip(*held)))
-            held = []
+            held, size = [], 0
         if len(x) >= TOGETHER:
             yield x, y
         else:
             held.append((x.clone(), y.clone()))  # the loader may fill the same memory again
+            size += len(x)
     if held:
         yield tuple(map(torch.cat, zip(*held)))
 
 
-def _is_distributed():
-    return distributed.is_available() and distributed.is_initialized()
-
-
 @contextlib.contextmanager
-def _mean_over_examples(sums, model):
-    """A ``_PerExample``; at the end sums /= its count, over all processes: they fail together."""
+def _mean_over_examples(sums, model, seed):
+    """A ``_PerExample``; then sums /= its count, over all processes, which fail together."""
     failure, device = None, next(model.parameters()).device
+    parallel = distributed.is_available() and distributed.is_initialized()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
         with (
             torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
-            # cuDNN has no backward pass for recurrent layers in evaluation mode; TF32 is inexact.
+            # For recurrent layers cuDNN has no backward pass in evaluation mode.
             torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False),
         ):
             examples = _PerExample(_unwrap(model))
+            torch.manual_seed(seed + (distributed.get_rank() if parallel else 0))
             yield examples
     except Exception as error:
         failure = error
-    add_up = distributed.all_reduce if _is_distributed() else lambda t: t
+    add_up = distributed.all_reduce if parallel else lambda t: t
     status = torch.tensor([failure is not None, 0 if failure else examples.count], device=device)
     add_up(status)
     failed, count = status.tolist()
@@ -525,7 +530,7 @@ def _mean_over_examples(sums, model):
     for name, total in sums.items():
         add_up(total)
         if not total.div_(count).isfinite().all():
-            raise FloatingPointError(f"the Fisher of {name!r} is not finite: clean y, scale x down")
+            raise FloatingPointError(f"Fisher of {name!r} is not finite: clean y, scale x down")
 
 
 # -------- penalty
@@ -535,9 +540,8 @@ def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc):
     """lambda_ewc / 2 * sum_i F_i (theta_i - theta*_i)^2   (Kirkpatrick et al. 2017, eq. 3)
 
     fisher_dict {name: F} is from ``compute_fisher_information``, optimal_params {name: theta*} from
-    ``take_anchor``: an entry for every trainable parameter, of its shape and on its device; zeros
-    leave a parameter free. lambda_ewc: finite, >= 0. Returns a scalar. Raises TypeError and
-    ValueError.
+    ``take_anchor``: for every trainable parameter, of its shape, on its device; zeros in F leave it
+    free. lambda_ewc: finite, >= 0. Returns a scalar. Raises TypeError and ValueError.
     """
     springs = _springs(model, fisher_dict, optimal_params, lambda_ewc)
     total = sum((spring.fisher * spring.displacement() ** 2).sum() for spring in springs)
@@ -575,13 +579,12 @@ class _Spring:
 
     @torch.no_grad()
     def add_gradient(self, lambda_ewc):
-        """grad += lambda F (theta - theta*)"""
         for p in self.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
         self.add([p.grad for p in self.params], self.fisher, float(lambda_ewc))
 
     def wait(self, lambda_ewc, group):
-        """Note a step of SGD. Momentum makes a gradient count 1 / (1 - momentum) times."""
+        """Note a step of SGD; with momentum a gradient counts 1 / (1 - momentum) times."""
         momentum = group["momentum"]
         damping = 1 - group["dampening"] if momentum else 1
         self.waiting += float(lambda_ewc * group["lr"]) * damping / (1 - momentum)
@@ -595,7 +598,7 @@ class _Spring:
 
 
 def _springs(model, fisher_dict, optimal_params, lambda_ewc):
-    """A spring for every parameter, or layer with Kronecker factors, after all checks."""
+    """The springs of all parameters, after all checks."""
     params, springs = _trainable(model), []
     if not 0 <= lambda_ewc < math.inf:
         raise ValueError(f"lambda_ewc must be finite and at least 0, got {lambda_ewc!r}")
@@ -645,16 +648,16 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
       lambda_ewc = 0 is plain training, bit for bit; both may then be None.
     penalty: "explicit" adds lambda_ewc F (theta - theta*) to the gradient; with SGD it is stable
       while lr lambda_ewc max F < 2 (1 + momentum). "implicit" lets SGD step on L_B, then goes to
-      theta* + (theta - theta*) / (1 + lr lambda_ewc F), with lr / (1 - momentum) for lr. Stable for
-      every lambda_ewc; refused for Adam and others, which rescale the gradient.
+      theta* + (theta - theta*) / (1 + lr lambda_ewc F), with lr / (1 - momentum) for lr: always
+      stable. Adam and others rescale the gradient and are refused.
     every: "implicit" only, one proximal step for so many steps of the optimizer.
-    scheduler, callback: scheduler.step() and callback(step, model) run after every step, the
-      callback also at step 0.
+    scheduler, callback: scheduler.step() and callback(step, model) follow every step; the callback
+      also runs at step 0.
 
-    Returns the mean L_B of each epoch. A model in evaluation mode trains in training mode and is
-    put back; else every module keeps its mode: eval() freezes the running statistics of BatchNorm,
-    which the penalty does not hold. Raises TypeError and ValueError, and FloatingPointError for NaN
-    or infinity, with the weights put back.
+    Returns the mean L_B of each epoch. A model in evaluation mode trains in training mode; else
+    every module keeps its mode: eval() freezes the running statistics of BatchNorm, which no
+    penalty holds. Raises TypeError, ValueError, and FloatingPointError for NaN or infinity, with
+    the weights put back.
     """
     params, likelihood, springs, losses, step = _trainable(model), _Likelihood(criterion), [], [], 0
     groups = _checked_groups(params, train_loader, optimizer, epochs, penalty, every)
@@ -685,23 +688,23 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 if scheduler is not None:
                     scheduler.step()
                 losses[-1].append(loss.item())
-                _check_finite([loss], start, step)
+                _check_finite(math.isfinite(losses[-1][-1]), start, step)
                 callback(step, model)
             for spring in implicit:
                 spring.proximal_step()  # for what ``every`` has left over
-            _check_finite(params.values(), start, step)
+            _check_finite(all(p.isfinite().all() for p in params.values()), start, step)
             if not losses[-1]:
                 raise ValueError("train_loader gave 0 batches: it is empty or used up")
     return [sum(epoch) / len(epoch) for epoch in losses]
 
 
 @torch.no_grad()
-def _check_finite(tensors, start, step):
-    """Raise unless the tensors are finite, and put the weights back."""
-    if not all(t.isfinite().all() for t in tensors):
+def _check_finite(finite, start, step):
+    """Raise unless all is finite, and put the weights back."""
+    if not finite:
         for t, value in start:
             t.copy_(value)
-        remedy = "use penalty='implicit' or a smaller learning rate, look for NaN in the data"
+        remedy = "penalty='implicit' or a smaller learning rate, or look for NaN in the data"
         raise FloatingPointError(f"not finite at step {step}, weights put back: {remedy}")
 
 
@@ -710,7 +713,7 @@ def _checked_groups(params, train_loader, optimizer, epochs, penalty, every):
     if epochs > 1 and hasattr(train_loader, "__next__"):
         raise ValueError(f"train_loader serves 1 of {epochs} epochs: pass a list or a loader")
     if epochs < 1 or not {"explicit": every == 1, "implicit": every >= 1}.get(penalty):
-        rule = "'explicit' with every=1, or 'implicit'; epochs and every must be at least 1"
+        rule = "'explicit' with every=1, or 'implicit'; epochs and every at least 1"
         raise ValueError(f"penalty must be {rule}; got {penalty!r}, {every=}, {epochs=}")
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     if lost := [name for name, p in params.items() if p not in groups]:
@@ -730,9 +733,9 @@ class EWC:
 
     "single": F = sum_k F_k at the newest anchor, Bayes' rule as a recursion (Huszar 2018).
     "online": F = gamma F + F_k, 0 < gamma <= 1, likewise (Schwarz et al. 2018, eq. 9).
-    "separate": one penalty per task (Kirkpatrick et al. 2017), whose sum pulls like F = sum_k F_k
+    "separate": one penalty per task (Kirkpatrick et al. 2017); their sum pulls like F = sum_k F_k
       at the Fisher-weighted mean of the anchors.
-    ``torch.load(..., weights_only=True)`` reads a saved ``state_dict()``. Raises ValueError.
+    torch.load(..., weights_only=True) reads a saved ``state_dict()``. Raises ValueError.
     """
 
     def __init__(self, rule="single", *, gamma=1.0):
@@ -745,7 +748,9 @@ class EWC:
         """Add the task just learned; weight: its N_k over the N that lambda_ewc refers to."""
         names = (self.fisher or fisher_dict).keys()
         if not names == fisher_dict.keys() == optimal_params.keys():
-            raise ValueError(f"every task needs {[*names | fisher_dict.keys()]}: pad with zeros")
+            raise ValueError(
+                f"a task lacks some of {[*names | fisher_dict.keys()]}: pad with zeros"
+            )
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be finite and above 0, got {weight!r}")
         fishers, anchors = {}, {}
@@ -774,32 +779,33 @@ class EWC:
 def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", seed=0):
     """The Kronecker-factored Fisher of a network of linear layers (Martens & Grosse 2015, eq. 1).
 
-    F of one layer = G (x) A, with A = mean_n a a^T over the layer's inputs a, a 1 appended for a
-    trainable bias, and G = mean_n E_y[g g^T] over the gradients g of its outputs. Exact for one
-    example. All trainable parameters must belong to nn.Linear layers with one input each.
-
-    Returns {layer: (A, G)} for ``train_with_ewc``, best with penalty="implicit", every=8. Penalty:
+    F of a layer = G (x) A: A = mean_n a a^T over its inputs a, a 1 appended for a trainable bias,
+    and G = mean_n E_y[g g^T] over the gradients g of its outputs. Exact for one example. Every
+    trainable parameter must belong to an nn.Linear layer with one input. Returns {layer: (A, G)}
+    for ``train_with_ewc``, best with penalty="implicit", every=8. The penalty is
     lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
-    likelihood, params, sums = _Likelihood(criterion, labels, seed), _trainable(model), {}
-    with _mean_over_examples(sums, model) as examples:
-        layers = [layer for layer in examples.linear if layer + "weight" in params]
-        if lost := [name for name in params if _layer_of(name) not in layers]:
-            raise ValueError(f"{lost} do not belong to nn.Linear layers: freeze them")
+    likelihood, params, sums = _Likelihood(criterion, labels), _trainable(model), {}
+    with _mean_over_examples(sums, model, seed) as examples:
+        linear = [k for k, layer in examples.shared.items() if isinstance(layer, nn.Linear)]
+        layers = [k for k in linear if k + "weight" in params]
         for layer in layers:
             n_out, n_in = params[layer + "weight"].shape
             for side, size in (("A", n_in + (layer + "bias" in params)), ("G", n_out)):
                 sums[layer + side] = _wide(params[layer + "weight"]).new_zeros(size, size)
         for x, y in _joined(data_loader, params):
-            plan, counted = examples.plan(x), likelihood.counted(y)
-            if lost := [layer[:-1] for layer in layers if layer not in plan.shared]:
-                raise ValueError(f"layers {lost} are not used once with one input (n, in)")
-            z, inputs, _, shifts = examples.run(plan, x)
+            counted = likelihood.counted(y)
+            z, _, inputs, outputs = examples.run(examples.plan(x), x)
+            single = [k for k in layers if k in outputs and len(outputs[k][0]) == 1]
+            if lost := [name for name in params if _layer_of(name) not in single]:
+                raise ValueError(
+                    f"freeze {lost}: not of an nn.Linear layer used once, with one input"
+                )
             for v in likelihood.directions(z.detach(), y):
-                for shift, g in _gradients(z, shifts, v).items():
-                    sums[shift.removesuffix("shift") + "G"] += g.T @ g
+                for layer, g in _gradients(z, outputs, v).items():
+                    sums[layer + "G"] += g[:, 0].T @ g[:, 0]
             for layer in layers:
-                a = _wide(inputs[layer][0].flatten(1)[counted])
+                a = inputs[layer][counted, 0]
                 a = F.pad(a, (0, 1), value=1.0) if layer + "bias" in params else a
                 sums[layer + "A"] += a.T @ a
             examples.check_outputs(z.detach(), x)
@@ -831,12 +837,8 @@ class _KroneckerSpring(_Spring):
 
 
 def nearest_kronecker_sum(first, second):
-    """{layer: (A, G)} whose G (x) A is nearest to the sum of two such, in the Frobenius norm.
-
-    The sum of a g^T, entries of A and of G, has rank 2: take its first singular vectors (Van Loan &
-    Pitsianis 1993).
-    """
-    result = {}
+    """{layer: (A, G)}, G (x) A nearest to the sum of two such (Van Loan & Pitsianis 1993)."""
+    result = {}  # the sum of a g^T, entries of A and of G, has rank 2: take its first part
     for layer in first:
         pairs = list(zip(first[layer], second[layer]))  # (A1, A2), (G1, G2)
         flat = [torch.stack([f.cpu().double().flatten() for f in pair], 1) for pair in pairs]

@@ -143,6 +143,11 @@ def epoch(model, x, y, make, penalty, how):
     return None
 
 
+def training_step(model, x, y):
+    for a, b in ewc.TensorLoader(x, y, 512):
+        CE(model(a), b).backward()
+
+
 def peak(job):
     """The most megabytes that the job holds at once, beyond what there was before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -181,7 +186,7 @@ def main():
         found, truth = fisher(model, *some), reference.fisher(model, [some])
         error = max(((found[k] - t).norm() / t.norm()).item() for k, t in truth.items())
         two = 2 * sum(p.numel() for p in model.parameters()) * 4e-6
-        step = peak(lambda m=model, x=x, y=y: CE(m(x), y).backward())
+        step = peak(partial(training_step, model, x, y))
         most = peak(partial(fisher, model, x[:n], y[:n]))
         print(f"  {name:42}{error:>10.1e}{most:>14.0f}{step + two:>26.0f}", flush=True)
     print("error: the largest of a tensor, relative, to float64. MB: at the peak; step: of 512")

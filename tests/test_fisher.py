@@ -320,14 +320,14 @@ BAD_DATA = {
     "more inputs than labels": case(T, *PAIRS, "6, 4", "5", y=Y[:5]),
     "NaN input": case(V, "outputs", "x ", "finite", x=changed(X, NAN)),
     "one logit": case(V, "labels y", "two classes", model=nn.Linear(4, 1)),
-    "label too large": case(V, "labels y", "0..2", "0..3", y=changed(Y, 3)),
+    "label too large": case(V, "labels y", "0..2", "got 3", y=changed(Y, 3)),
     "soft labels": case(V, "labels y", "class indices", "(6, 3)", y=X[:, :3] / 3),
     "BCE out of range": case(V, "labels y", "0..1", "2", y=TWOS, criterion=BCE),
     "MSE would broadcast": case(V, "labels y", "(6, 3)", "(6, 1)", y=Y[:, None], criterion=MSE),
     "MSE of NaN": case(FloatingPointError, "clean y", y=NANS, criterion=MSE, labels="empirical"),
     "overflow": case(FloatingPointError, "'weight'", "scale x", x=1e20 * X, model=FLAT),
     "late NaN input": case(V, "x ", "finite", loader=[(X, Y)] * 900 + [(changed(X, NAN), Y)]),
-    "late label": case(V, "labels y", "0..7", loader=[(X, Y)] * 900 + [(X, changed(Y, 7))]),
+    "late label": case(V, "labels y", "got 7", loader=[(X, Y)] * 900 + [(X, changed(Y, 7))]),
 }
 
 

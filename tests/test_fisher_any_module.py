@@ -47,6 +47,15 @@ def linear(forward, *shape):
     return read(forward, (*shape, 4), a=nn.Linear(4, 4))
 
 
+def frames(net, x):
+    return net.c(x.flatten(0, 1)).view(len(x), -1)
+
+
+def images(forward, *shape):
+    """A forward of one's own with a convolution, net.c."""
+    return read(forward, (*shape, 2, 4, 3), c=nn.Conv2d(2, 2, 2, padding=1))
+
+
 def with_statistics(norm):
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
@@ -160,6 +169,17 @@ CASES = {
     "a forward of its own": lambda: layer(TimesThree(4, 4), 4),
     "other under no_grad": lambda: linear(lambda n, x: n.a(x) * (1 + torch.is_grad_enabled())),
     "Conv1d, same": lambda: layer(nn.Conv1d(2, 3, 4, padding="same", dilation=3), 2, 9),
+    "Conv2d": lambda: layer(nn.Conv2d(2, 3, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), 2, 7, 6),
+    "Conv2d, one position": lambda: layer(nn.Conv2d(2, 3, (4, 3)), 2, 4, 3),
+    "Conv2d, same": lambda: layer(nn.Conv2d(2, 2, 3, padding="same"), 2, 4, 3),
+    "Conv2d, frames in the batch": lambda: images(frames, 3),
+    "Conv2d, image by image": lambda: images(lambda n, x: torch.stack([n.c(i).tanh() for i in x])),
+    "Conv2d, twice": lambda: images(lambda n, x: n.c(n.c(x).tanh())),
+    "Conv2d, weight used again": lambda: images(lambda n, x: n.c(x).tanh() * n.c.weight.mean()),
+    "Conv2d, changed in place": lambda: images(lambda n, x: n.c(x).relu_()),
+    "Linear, changed in place": lambda: linear(lambda n, x: n.a(x).relu_()),
+    "Linear, positions changed in place": lambda: linear(lambda n, x: n.a(x).relu_(), 5),
+    "Conv2d, other strides": lambda: images(lambda n, x: n.c(x.mT.contiguous().mT).tanh()),
     "Conv2d, groups": lambda: layer(nn.Conv2d(4, 6, 2, (2, 1), 1, groups=2), 4, 5, 4),
     "Conv2d, reflect": lambda: layer(nn.Conv2d(2, 2, 3, 1, 1, padding_mode="reflect"), 2, 4, 4),
     "ConvTranspose2d": lambda: layer(nn.ConvTranspose2d(2, 2, 2, stride=2), 2, 3, 3),

@@ -238,8 +238,8 @@ def test_models_and_data_that_do_not_serve_are_told_in_plain_words():
     centred = Net(lambda net, z: z - z.mean(0))
     cases = [
         (nn.Sequential(linear, nn.LayerNorm(4)).double(), x, ("1.weight", "freeze")),
-        (nn.Sequential(linear, linear), x, ("'0'", "once")),
-        (nn.Sequential(linear, nn.Flatten()), draw(6, 2, 4), ("'0'", "once")),
+        (nn.Sequential(linear, linear), x, ("0.weight", "once")),
+        (nn.Sequential(linear, nn.Flatten()), draw(6, 2, 4), ("0.weight", "once")),
         (linear, x * math.nan, ("x ", "finite")),
         (linear, x[:0], ("data_loader", "0 examples")),
         (nn.Sequential(linear, centred), x, ("no example may influence",)),

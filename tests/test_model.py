@@ -81,7 +81,7 @@ def test_logits_are_found_in_what_the_model_returns(wrap):
 Y = torch.arange(6) % 3
 BAD_LABELS = {
     "labels in a column": (3, Y[:, None], ("y", "(6, 1)", "(6,)")),
-    "labels too large": (3, Y + 1, ("y", "0..2", "1..3")),
+    "labels too large": (3, Y + 1, ("y", "0..2", "got 3")),
     "soft labels": (3, torch.rand(6, 3), ("y", "class indices", "float32")),
     "one logit": (1, 0 * Y, ("labels y", "two classes")),
     "one logit, squeezed": (0, Y % 2, ("y", "(6,)", "class indices")),
