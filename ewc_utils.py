@@ -216,7 +216,7 @@ class _PerExample:
     """
 
     def __init__(self, model):
-        # deepcopy refuses stored activations with a history.
+        # deepcopy refuses stored activations with a history: take them without.
         stored = [t for m in model.modules() for t in vars(m).values() if torch.is_tensor(t)]
         memo = {id(t): t.detach().clone() for t in stored if not t.is_leaf}
         self.net = copy.deepcopy(model, memo).eval()
@@ -226,10 +226,9 @@ class _PerExample:
         for name, layer in self.net.named_modules():
             prefix = f"{name}." if name else ""
             own, kind = {prefix + k for k, _ in layer.named_parameters()}, type(layer)
-            if kind is nn.Conv2d and (layer.groups, layer.padding_mode) == (1, "zeros"):
-                kind = nn.Linear if isinstance(layer.padding, tuple) else kind  # of patches
-            trained = own & self.params.keys()
-            if kind is nn.Linear and trained and prefix + "weight" in own <= names:
+            conv = kind is nn.Conv2d and (layer.groups, layer.padding_mode) == (1, "zeros")
+            product = kind is nn.Linear or (conv and isinstance(layer.padding, tuple))
+            if product and own & self.params.keys() and prefix + "weight" in own <= names:
                 bias = None if layer.bias is None else layer.bias.detach()
                 fixed = layer.weight.detach().requires_grad_(), bias
                 layer.forward = partial(self.product, prefix, layer, layer.forward, fixed)
@@ -381,27 +380,24 @@ class _EmbeddingGradients(TorchFunctionMode):
 class _Likelihood:
     """log p(y | z) of the outputs z, as the criterion names it, and its score s = d log p / d z."""
 
-    families = {
-        "categorical": (nn.CrossEntropyLoss, F.cross_entropy),
-        "Bernoulli": (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
-        "Gaussian": (nn.MSELoss, F.mse_loss),
-    }
-
     def __init__(self, criterion, labels=()):  # (): for training
         if getattr(criterion, "reduction", "mean") != "mean":
             raise ValueError(f"criterion must take the mean, got {criterion!r}")
-        same = [k for k, v in self.families.items() if criterion in v or type(criterion) in v]
-        self.criterion, self.labels, self.family = criterion, labels, same[0] if same else None
-        self.categorical, self.bernoulli = (self.family == k for k in ("categorical", "Bernoulli"))
+        self.criterion, self.labels, kinds = criterion, labels, (criterion, type(criterion))
+        self.categorical = nn.CrossEntropyLoss in kinds or F.cross_entropy in kinds
+        bce = nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits
+        self.bernoulli = bce[0] in kinds or bce[1] in kinds
+        self.gaussian = nn.MSELoss in kinds or F.mse_loss in kinds
+        self.other = not (self.categorical or self.bernoulli or self.gaussian)
         nothing = -100 if self.categorical else math.nan
         self.ignore_index = getattr(criterion, "ignore_index", nothing)
         options = [getattr(criterion, k, None) for k in ("weight", "pos_weight", "label_smoothing")]
-        plain = self.family and options[0] is options[1] is None and not options[2]
-        known = labels in LABELS and (plain or (labels == "empirical" and not self.family))
+        weighted = options[0] is not None or options[1] is not None or options[2]
+        known = labels == "empirical" if self.other else labels in LABELS and not weighted
         if not known and labels != ():
             rule = f"one of {LABELS} for a plain CrossEntropyLoss, BCEWithLogitsLoss or MSELoss"
             got = f"got {labels!r} for criterion {criterion!r}"
-            raise ValueError(f"labels must be {rule}, else 'empirical', {got}")
+            raise ValueError(f"labels must be {rule}, 'empirical' for others, {got}")
 
     def directions(self, z, y):
         """Vectors v like z, one per pass, with sum_v v v^T = E_y[s s^T] for each example."""
@@ -431,6 +427,7 @@ class _Likelihood:
                 yield v.view_as(z)
 
     def sample(self, z):
+        """One y for each example and position."""
         if self.categorical:
             p = z.softmax(1).movedim(1, -1)
             return p.flatten(0, -2).multinomial(1).view(p.shape[:-1])
@@ -438,9 +435,10 @@ class _Likelihood:
         return (u < z.sigmoid()).to(z) if self.bernoulli else z + torch.special.ndtri(u) / 2**0.5
 
     def score(self, z, y):
+        """d log p(y | z) / d z"""
         if self.categorical:
             return F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1) - z.softmax(1)
-        if self.family:
+        if not self.other:
             return y - z.sigmoid() if self.bernoulli else 2 * (y - z)
         z = z.detach().requires_grad_()
         loss = sum(self.criterion(z[i : i + 1], y[i : i + 1]) for i in range(len(z)))
@@ -448,7 +446,7 @@ class _Likelihood:
 
     def fitting(self, z, y):
         """The labels y as the criterion takes them for the outputs z, or an error."""
-        if self.family is None:
+        if self.other:
             return y
         wanted = z.shape[:1] + z.shape[2:] if self.categorical else z.shape
         scores = not y.is_floating_point() and z.dim() > 1 and z.shape[1] > 1
@@ -457,8 +455,7 @@ class _Likelihood:
             got = f"{y.dtype} {tuple(y.shape)} for outputs {tuple(z.shape)}"
             raise ValueError(f"labels y must be {kind} {tuple(wanted)}, got {got}")
         y, high = (y.long(), z.shape[1] - 1) if self.categorical else (y.to(z.dtype), 1)
-        bounded = self.family != "Gaussian" and y.numel()
-        if bounded and not 0 <= y.min() <= y.max() <= high:
+        if not self.gaussian and y.numel() and not 0 <= y.min() <= y.max() <= high:
             wrong = ~((y >= 0) & (y <= high)) & (y != self.ignore_index)
             if wrong.any():
                 raise ValueError(f"labels y must lie in 0..{high}, got {y[wrong][0]}")
@@ -700,7 +697,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
 
 @torch.no_grad()
 def _check_finite(finite, start, step):
-    """Raise unless all is finite, and put the weights back."""
+    """Otherwise put the weights back and raise."""
     if not finite:
         for t, value in start:
             t.copy_(value)
@@ -748,9 +745,7 @@ class EWC:
         """Add the task just learned; weight: its N_k over the N that lambda_ewc refers to."""
         names = (self.fisher or fisher_dict).keys()
         if not names == fisher_dict.keys() == optimal_params.keys():
-            raise ValueError(
-                f"a task lacks some of {[*names | fisher_dict.keys()]}: pad with zeros"
-            )
+            raise ValueError(f"every task needs {[*names | fisher_dict.keys()]}: pad with zeros")
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be finite and above 0, got {weight!r}")
         fishers, anchors = {}, {}
@@ -798,9 +793,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
             z, _, inputs, outputs = examples.run(examples.plan(x), x)
             single = [k for k in layers if k in outputs and len(outputs[k][0]) == 1]
             if lost := [name for name in params if _layer_of(name) not in single]:
-                raise ValueError(
-                    f"freeze {lost}: not of an nn.Linear layer used once, with one input"
-                )
+                raise ValueError(f"freeze {lost}: not of nn.Linear layers used once with one input")
             for v in likelihood.directions(z.detach(), y):
                 for layer, g in _gradients(z, outputs, v).items():
                     sums[layer + "G"] += g[:, 0].T @ g[:, 0]
