@@ -429,8 +429,8 @@ class _Likelihood:
     def sample(self, z):
         """One y for each example and position."""
         if self.categorical:
-            p = z.softmax(1).movedim(1, -1)
-            return p.flatten(0, -2).multinomial(1).view(p.shape[:-1])
+            below = z.softmax(1).cumsum(1) < torch.rand_like(z[:, :1])
+            return below.sum(1).clamp_max(z.shape[1] - 1)
         u = torch.rand_like(z).clamp_min(2**-25)
         return (u < z.sigmoid()).to(z) if self.bernoulli else z + torch.special.ndtri(u) / 2**0.5
 
