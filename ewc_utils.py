@@ -200,7 +200,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     """
     likelihood, params = _Likelihood(criterion, labels), _trainable(model)
     totals = {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
-    with _mean_over_examples(totals, model, seed) as examples:
+    with _mean_over_examples(totals, model, likelihood, seed) as examples:
         for x, y in _joined(data_loader, params):
             examples.add_squared_scores(totals, likelihood, x, y)
     return totals
@@ -427,11 +427,11 @@ class _Likelihood:
                 yield v.view_as(z)
 
     def sample(self, z):
-        """One y for each example and position."""
+        """One y for each example and position, by the inverse of the distribution function."""
+        shape = z[:, :1].shape if self.categorical else z.shape
+        u = torch.rand(shape, generator=self.generator).to(z).clamp_min(2**-25)
         if self.categorical:
-            below = z.softmax(1).cumsum(1) < torch.rand_like(z[:, :1])
-            return below.sum(1).clamp_max(z.shape[1] - 1)
-        u = torch.rand_like(z).clamp_min(2**-25)
+            return (z.softmax(1).cumsum(1) < u).sum(1).clamp_max(z.shape[1] - 1)
         return (u < z.sigmoid()).to(z) if self.bernoulli else z + torch.special.ndtri(u) / 2**0.5
 
     def score(self, z, y):
@@ -500,7 +500,7 @@ def _joined(loader, params):
 
 
 @contextlib.contextmanager
-def _mean_over_examples(sums, model, seed):
+def _mean_over_examples(sums, model, likelihood, seed):
     """A ``_PerExample``; then sums /= its count, over all processes, which fail together."""
     failure, device = None, next(model.parameters()).device
     parallel = distributed.is_available() and distributed.is_initialized()
@@ -512,7 +512,8 @@ def _mean_over_examples(sums, model, seed):
             torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False),
         ):
             examples = _PerExample(_unwrap(model))
-            torch.manual_seed(seed + (distributed.get_rank() if parallel else 0))
+            rank = distributed.get_rank() if parallel else 0
+            likelihood.generator = torch.Generator().manual_seed(seed + 10007 * rank)
             yield examples
     except Exception as error:
         failure = error
@@ -781,7 +782,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
     lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
     likelihood, params, sums = _Likelihood(criterion, labels), _trainable(model), {}
-    with _mean_over_examples(sums, model, seed) as examples:
+    with _mean_over_examples(sums, model, likelihood, seed) as examples:
         linear = [k for k, layer in examples.shared.items() if isinstance(layer, nn.Linear)]
         layers = [k for k in linear if k + "weight" in params]
         for layer in layers:
