@@ -68,7 +68,7 @@ def load_tasks(*names, root=None):
     if given := root or os.environ.get("EWC_DATA"):
         return [_read_task(name, Path(given).expanduser()) for name in names]
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none
+    socket.setdefaulttimeout(TIMEOUT)  # torchvision sets none: a silent host would hang for ever
     try:
         return [_read_task(name, Path("data"), download=True) for name in names]
     except ValueError as error:
@@ -198,9 +198,9 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     ``ignore_index``. A private copy of the model runs, in evaluation mode. Under torch.distributed
     the mean is over all processes. Raises TypeError, ValueError, FloatingPointError.
     """
-    likelihood, params = _Likelihood(criterion, labels), _trainable(model)
+    likelihood, params = _Likelihood(criterion, labels, seed), _trainable(model)
     totals = {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
-    with _mean_over_examples(totals, model, likelihood, seed) as examples:
+    with _mean_over_examples(totals, model) as examples:
         for x, y in _joined(data_loader, params):
             examples.add_squared_scores(totals, likelihood, x, y)
     return totals
@@ -339,7 +339,7 @@ class _PerExample:
             raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
         z, x = z[:: 1 + len(z) // 32], x[:: 1 + len(x) // 32]
         batch = _logits(self.net(x), len(x))
-        limit = torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()
+        limit = torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()  # far above rounding
         if z.shape != batch.shape or (z - batch).abs().max() > limit:
             raise ValueError("a batch has other outputs: no example may influence another")
 
@@ -380,14 +380,16 @@ class _EmbeddingGradients(TorchFunctionMode):
 class _Likelihood:
     """log p(y | z) of the outputs z, as the criterion names it, and its score s = d log p / d z."""
 
-    def __init__(self, criterion, labels=()):  # (): for training
+    def __init__(self, criterion, labels=(), seed=0):  # (): for training
+        def is_one_of(*kinds):
+            return criterion in kinds or type(criterion) in kinds
+
         if getattr(criterion, "reduction", "mean") != "mean":
             raise ValueError(f"criterion must take the mean, got {criterion!r}")
-        self.criterion, self.labels, kinds = criterion, labels, (criterion, type(criterion))
-        self.categorical = nn.CrossEntropyLoss in kinds or F.cross_entropy in kinds
-        bce = nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits
-        self.bernoulli = bce[0] in kinds or bce[1] in kinds
-        self.gaussian = nn.MSELoss in kinds or F.mse_loss in kinds
+        self.criterion, self.labels = criterion, labels
+        self.categorical = is_one_of(nn.CrossEntropyLoss, F.cross_entropy)
+        self.bernoulli = is_one_of(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+        self.gaussian = is_one_of(nn.MSELoss, F.mse_loss)
         self.other = not (self.categorical or self.bernoulli or self.gaussian)
         nothing = -100 if self.categorical else math.nan
         self.ignore_index = getattr(criterion, "ignore_index", nothing)
@@ -398,6 +400,8 @@ class _Likelihood:
             rule = f"one of {LABELS} for a plain CrossEntropyLoss, BCEWithLogitsLoss or MSELoss"
             got = f"got {labels!r} for criterion {criterion!r}"
             raise ValueError(f"labels must be {rule}, 'empirical' for others, {got}")
+        rank = distributed.get_rank() if _is_distributed() else 0
+        self.generator = torch.Generator().manual_seed(seed + 10007 * rank)
 
     def directions(self, z, y):
         """Vectors v like z, one per pass, with sum_v v v^T = E_y[s s^T] for each example."""
@@ -484,40 +488,41 @@ def _batches(loader, params):
 
 
 def _joined(loader, params):
-    """The same, small batches of one shape joined to save time."""
-    held, size = [], 0
+    """The same with small batches of one shape joined, which saves time."""
+    held = []
     for x, y in _batches(loader, params):
-        if held and (size + len(x) > TOGETHER or x.shape[1:] != held[0][0].shape[1:]):
+        size = len(x) + sum(len(a) for a, _ in held)
+        if held and (size > TOGETHER or x.shape[1:] != held[0][0].shape[1:]):
             yield tuple(map(torch.cat, zip(*held)))
-            held, size = [], 0
+            held = []
         if len(x) >= TOGETHER:
             yield x, y
         else:
             held.append((x.clone(), y.clone()))  # the loader may fill the same memory again
-            size += len(x)
     if held:
         yield tuple(map(torch.cat, zip(*held)))
 
 
+def _is_distributed():
+    return distributed.is_available() and distributed.is_initialized()
+
+
 @contextlib.contextmanager
-def _mean_over_examples(sums, model, likelihood, seed):
+def _mean_over_examples(sums, model):
     """A ``_PerExample``; then sums /= its count, over all processes, which fail together."""
     failure, device = None, next(model.parameters()).device
-    parallel = distributed.is_available() and distributed.is_initialized()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     try:
         with (
             torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
-            # For recurrent layers cuDNN has no backward pass in evaluation mode.
+            # cuDNN has no backward pass for recurrent layers in evaluation mode; TF32 is inexact.
             torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False),
         ):
             examples = _PerExample(_unwrap(model))
-            rank = distributed.get_rank() if parallel else 0
-            likelihood.generator = torch.Generator().manual_seed(seed + 10007 * rank)
             yield examples
     except Exception as error:
         failure = error
-    add_up = distributed.all_reduce if parallel else lambda t: t
+    add_up = distributed.all_reduce if _is_distributed() else lambda t: t
     status = torch.tensor([failure is not None, 0 if failure else examples.count], device=device)
     add_up(status)
     failed, count = status.tolist()
@@ -781,8 +786,8 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
     for ``train_with_ewc``, best with penalty="implicit", every=8. The penalty is
     lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
-    likelihood, params, sums = _Likelihood(criterion, labels), _trainable(model), {}
-    with _mean_over_examples(sums, model, likelihood, seed) as examples:
+    likelihood, params, sums = _Likelihood(criterion, labels, seed), _trainable(model), {}
+    with _mean_over_examples(sums, model) as examples:
         linear = [k for k, layer in examples.shared.items() if isinstance(layer, nn.Linear)]
         layers = [k for k in linear if k + "weight" in params]
         for layer in layers:

@@ -61,8 +61,7 @@ def test_sampled_labels_are_unbiased_and_repeat_by_seed(family):
     model, (x, y) = small_mlp(n_in=2, hidden=2), data(5, family, n_in=2)
     batches, how = [(x.repeat(200, 1), y.repeat(200, *[1] * (y.dim() - 1)))], {"labels": "sampled"}
     fisher = partial(compute_fisher_information, model, batches, CRITERIA[family], **how)
-    with ThreadPoolExecutor(2) as pool:  # threads do not disturb each other's labels
-        draws = list(pool.map(lambda seed: fisher(seed=seed), range(50)))
+    draws = list(ThreadPoolExecutor(2).map(lambda seed: fisher(seed=seed), range(50)))
     assert same_bits(fisher(seed=3), draws[3]) and same_bits(fisher(), draws[0])
     for name, truth in reference.fisher(model, [(x, y)], family=family).items():
         found = torch.stack([d[name] for d in draws]).double()

@@ -58,9 +58,8 @@ def test_is_a_valid_notebook_that_any_machine_can_open(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == "python3"
-    assert (
-        "widgets" not in notebook.metadata
-    )  # GitHub does not show a file with widgets that lack their state
+    # GitHub does not show a file with widgets that lack their state.
+    assert "widgets" not in notebook.metadata
 
 
 @BOTH
