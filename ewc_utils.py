@@ -2,31 +2,38 @@
 
     L(theta) = L_B(theta) + lambda / 2 * sum_i F_i (theta_i - theta*_i)^2
 
-L_B     the mean loss over the examples of task B: ``criterion`` with reduction="mean"
+L_B     the loss on task B: a mean over examples, ``criterion`` with reduction="mean"
 F_i     the diagonal Fisher of task A: the mean over its examples of squared per-example gradients
 theta*  the anchor: the weights right after task A
 1/2     part of the penalty: its gradient is lambda F (theta - theta*)
-lambda  N_A / N_B, the numbers of examples, by Bayes' rule; ``lambda_ewc`` in the code
+lambda  ``lambda_ewc``. By Bayes' rule N_A / N_B, the numbers of examples. Where the criterion also
+        averages over K numbers per example (outputs of MSELoss, pixels, tokens): N_A / (N_B K),
+        because the log-likelihood of an example is the sum over them. N_A is the size of the task,
+        also where the Fisher is a mean over a part of it.
+
+The file follows the story: data, model, penalty, Fisher, training, many tasks, Kronecker factors,
+lesson. The last section, the engine, is for those who want to know how it is done for any module.
 """
 
 import contextlib
-import copy
 import io
+import itertools
 import math
 import os
+import random
 import socket
+import threading
 import warnings
 from collections import namedtuple
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import distributed, nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 # -------- data
 
@@ -43,18 +50,19 @@ class TensorLoader:
     def __init__(self, x, y, batch_size=128, *, shuffle=True, seed=0):
         if len(x) != len(y):
             raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
-        self.x, self.y, self.batch_size = torch.as_tensor(x), torch.as_tensor(y), batch_size
-        self.generator = torch.Generator().manual_seed(seed) if shuffle else None
+        self.x = x if torch.is_tensor(x) else torch.as_tensor(x, device="cpu")
+        self.y = y if torch.is_tensor(y) else torch.as_tensor(y, device="cpu")
+        self.batch_size = batch_size
+        self.generator = torch.Generator("cpu").manual_seed(seed) if shuffle else None
 
     def __len__(self):
         return math.ceil(len(self.x) / self.batch_size)
 
     def __iter__(self):
-        size, g = self.batch_size, self.generator
-        if g is None:
-            return zip(self.x.split(size), self.y.split(size))
-        order = torch.randperm(len(self.x), generator=g).split(size)
-        return ((self.x[rows], self.y[rows]) for rows in order)
+        if self.generator is None:
+            return zip(self.x.split(self.batch_size), self.y.split(self.batch_size))
+        order = torch.randperm(len(self.x), generator=self.generator, device="cpu")
+        return ((self.x[rows], self.y[rows]) for rows in order.split(self.batch_size))
 
 
 def load_tasks(*names, root=None):
@@ -82,20 +90,29 @@ def load_tasks(*names, root=None):
 def _read_task(name, root, download=False):
     from torchvision import datasets
 
-    maker, hidden, parts = getattr(datasets, name), io.StringIO(), []
-    if download and not (root / name).exists():
+    maker = getattr(datasets, name)
+    raw = root / name / "raw"
+    parts = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    lost = [f"{part}-ubyte" for part in parts if not (raw / f"{part}-ubyte").exists()]
+    if lost and not download:
+        found = sorted(os.listdir(raw)) if raw.is_dir() else "no such folder"
+        remedy = f"set EWC_DATA or root to the folder that holds {name}/raw, and unpack .gz files"
+        raise ValueError(f"{raw.absolute()} lacks {lost} (found: {found}): {remedy}")
+    if lost:
         print(f"Downloading {name} to {root}/ (once, 55 MB on disk) ...", flush=True)
+    hidden = io.StringIO()
+    tensors = []
     try:
         for train in (True, False):
             with contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
                 part = maker(root, train=train, download=download)
             if part.data.shape != (len(part.targets), 28, 28) or part.targets.max() > 9:
                 raise ValueError("images and labels do not match")
-            parts += [part.data.unsqueeze(1), part.targets]
+            tensors += [part.data.unsqueeze(1), part.targets]
     except Exception as error:  # torchvision raises many kinds
-        raise ValueError(f"{root / name / 'raw'}: {error!r}; delete damaged files") from error
-    source = {60_000: "full data", 5_000: "bundled sample"}.get(len(parts[0]), str(root))
-    return Task(name, *parts, [label.split(" - ")[0] for label in maker.classes], source)
+        raise ValueError(f"{raw}: {error!r}; delete damaged files") from error
+    source = {60_000: "full data", 5_000: "bundled sample"}.get(len(tensors[0]), str(root))
+    return Task(name, *tensors, [label.split(" - ")[0] for label in maker.classes], source)
 
 
 # -------- model
@@ -109,9 +126,12 @@ class SimpleMLP(nn.Module):
 
     def __init__(self, input_size=784, hidden_size=400, output_size=10, *, mean=0.0, std=1.0):
         super().__init__()
-        hidden = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
-        self.mean, self.std, layers = float(mean), float(std), [nn.Flatten()]
-        for n_in, n_out in zip((input_size, *hidden), (*hidden, output_size)):
+        hidden = tuple(hidden_size) if isinstance(hidden_size, (tuple, list)) else (hidden_size,)
+        sizes = [int(size) for size in (input_size, *hidden, output_size)]
+        self.register_buffer("mean", torch.tensor(float(mean)))
+        self.register_buffer("std", torch.tensor(float(std)))
+        layers = [nn.Flatten()]
+        for n_in, n_out in zip(sizes, sizes[1:]):
             layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -120,15 +140,23 @@ class SimpleMLP(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(model, x, y, *, batch_size=1000):
-    """Fraction of labels y (n, ...) that are the largest logit (n, C, ...), in evaluation mode."""
-    device, hits, y = next(model.parameters()).device, 0, torch.as_tensor(y)
+def accuracy(model, x, y=None, *, batch_size=1000):
+    """Fraction of labels y (n, ...) that are the largest logit (n, C, ...), in evaluation mode.
+
+    ``accuracy(model, x, y)`` for tensors, ``accuracy(model, loader)`` for batches (x, y). The label
+    -100 is not counted. Raises TypeError and ValueError.
+    """
+    loader = x if y is None else TensorLoader(x, y, batch_size, shuffle=False)
+    hits, count = 0, 0
     with _modes_restored(model):
         model.eval()
-        for a, b in TensorLoader(x, y, batch_size, shuffle=False):
-            z = _logits(model(a.to(device)), len(a))
-            hits += (_Likelihood(F.cross_entropy).fitting(z, b.to(device)) == z.argmax(1)).sum()
-    return hits.item() / y.numel()
+        for inputs, labels in _batches(loader, next(model.parameters()).device):
+            z = _logits(model, inputs, len(labels))
+            hits += (_class_indices(z, labels) == z.argmax(1)).sum().item()
+            count += (labels != -100).sum().item()
+    if not count:
+        raise ValueError("x, y or the loader gave 0 labels to compare: empty, used up or ignored")
+    return hits / count
 
 
 def take_anchor(model):
@@ -137,504 +165,245 @@ def take_anchor(model):
         return {name: p.detach().clone() for name, p in _trainable(model).items()}
 
 
-def _unwrap(model):
-    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return _unwrap(model.module)
-    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
-
-
-def _trainable(model):
-    """{name: parameter}, with the names of the unwrapped model."""
-    params = {name: p for name, p in _unwrap(model).named_parameters() if p.requires_grad}
-    if not params or any(p.is_complex() for p in params.values()):
-        raise ValueError(f"model needs real parameters that require gradients, got {[*params]}")
-    return params
-
-
-def _logits(output, n):
-    """The tensor (n, ...) in what a model returns for n examples."""
-    z = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    z = z[0] if isinstance(z, (tuple, list)) and z else z
-    if not torch.is_tensor(z):
-        raise TypeError(f"model must return a tensor, or something with 'logits', got {output!r}")
-    # squeeze() at the end of forward drops the batch dimension of a single example.
-    return z[None] if n == 1 and (z.dim() == 0 or len(z) != 1) else z
-
-
-@contextlib.contextmanager
-def _modes_restored(model):
-    """Afterwards every module is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])  # a module's own train() may do more than set the flag
-        for module, training in modes:
-            module.training = training
-
-
-# -------- Fisher
-
-LABELS = ("exact", "sampled", "empirical")
-TOGETHER = 384  # examples that run at once
-COPIES = 2**22  # numbers in all copies of the weights together, for the cache's sake
-
-
-@torch.inference_mode(False)  # it turns gradients on, too
-def compute_fisher_information(model, data_loader, criterion, *, labels="exact", seed=0):
-    """The diagonal Fisher information, a mean over the N examples of ``data_loader``.
-
-    F_i = 1/N sum_n E_y [(d log p(y | x_n, theta) / d theta_i)^2]   (Martens 2020, sec. 5 and 11)
-
-    data_loader: an iterable of batches (x, y).
-    criterion: CrossEntropyLoss (p is categorical), BCEWithLogitsLoss (Bernoulli) or MSELoss
-      (Gaussian of variance 1/2), without weights. For "empirical" any other mean, too.
-    labels: "exact" is all y, weighted by the model's own p, in T (C - 1) backward passes for C
-      classes at T positions (pixels, tokens), T C for BCE and MSE. "sampled" is one y drawn from p:
-      one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
-
-    Returns {name: tensor >= 0}, float32 or wider. log p sums over an example's positions, without
-    ``ignore_index``. A private copy of the model runs, in evaluation mode. Under torch.distributed
-    the mean is over all processes. Raises TypeError, ValueError, FloatingPointError.
-    """
-    likelihood, params = _Likelihood(criterion, labels, seed), _trainable(model)
-    totals = {name: torch.zeros_like(_wide(p)) for name, p in params.items()}
-    with _mean_over_examples(totals, model) as examples:
-        for x, y in _joined(data_loader, params):
-            examples.add_squared_scores(totals, likelihood, x, y)
-    return totals
-
-
-class _PerExample:
-    """A private copy of a model that gives every example its own copy of the parameters.
-
-    vmap runs all examples at once, and autograd returns one gradient per copy, hence per example;
-    a loop stands in where vmap fails. Linear layers and convolutions need no copies: an example's
-    gradient is g^T a, with a row for each position of the inputs a and of the gradients g of the
-    outputs. For a single position, sum_n sum_v (g^T a)^2 = (sum_v g^2)^T (a^2).
-    """
-
-    def __init__(self, model):
-        # deepcopy refuses stored activations with a history: take them without.
-        stored = [t for m in model.modules() for t in vars(m).values() if torch.is_tensor(t)]
-        memo = {id(t): t.detach().clone() for t in stored if not t.is_leaf}
-        self.net = copy.deepcopy(model, memo).eval()
-        self.params, self.buffers = _trainable(self.net), dict(self.net.named_buffers())
-        self.count, self.plans, self.shared, self.calls = 0, {}, {}, {}
-        names = {name for name, _ in self.net.named_parameters()}  # a tied parameter has one name
-        for name, layer in self.net.named_modules():
-            prefix = f"{name}." if name else ""
-            own, kind = {prefix + k for k, _ in layer.named_parameters()}, type(layer)
-            conv = kind is nn.Conv2d and (layer.groups, layer.padding_mode) == (1, "zeros")
-            product = kind is nn.Linear or (conv and isinstance(layer.padding, tuple))
-            if product and own & self.params.keys() and prefix + "weight" in own <= names:
-                bias = None if layer.bias is None else layer.bias.detach()
-                fixed = layer.weight.detach().requires_grad_(), bias
-                layer.forward = partial(self.product, prefix, layer, layer.forward, fixed)
-                self.shared[prefix] = layer
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
-                raise ValueError(f"{name!r} mixes examples: it needs track_running_stats=True")
-
-    def add_squared_scores(self, totals, likelihood, x, y):
-        """totals += sum_n E_y[score^2], with the score d log p / d theta."""
-        plan = self.plan(x)
-        n = math.ceil(len(x) / plan.size)
-        parts = zip(x.chunk(n), y.chunk(n))
-        zs = [self.add_squares(totals, plan, likelihood, a, b) for a, b in parts]
-        self.check_outputs(torch.cat(zs), x)
-        self.count += likelihood.counted(y).sum().item()
-
-    def add_squares(self, totals, plan, likelihood, x, y):
-        """totals += sum_n sum_v (J_n^T v)^2, with J_n = d z_n / d theta. Returns z."""
-
-        def add(name, squares):
-            if name in totals:
-                totals[name] += squares.view_as(totals[name])
-
-        z, copies, inputs, outputs = self.run(plan, x)
-        single = {k: torch.zeros_like(_wide(t[:, 0])) for k, t in outputs.items() if len(t[0]) == 1}
-        for v in likelihood.directions(z.detach(), y):
-            for name, g in _gradients(z, copies | outputs, v).items():
-                if name in copies:
-                    add(name, g.square().sum(0))
-                elif name in single:
-                    single[name].addcmul_(g[:, 0], g[:, 0])
-                else:
-                    add(name + "weight", (g.mT @ inputs[name]).square_().sum(0))
-                    add(name + "bias", g.sum(1).square().sum(0))
-        for layer, g_squared in single.items():
-            if layer + "weight" in totals:  # += (sum_v g^2)^T (a^2)
-                total = totals[layer + "weight"].flatten(1)
-                total.addmm_(g_squared.T, inputs[layer][:, 0].square())
-            add(layer + "bias", g_squared.sum(0))
-        return z.detach()
-
-    def run(self, plan, x):
-        """z, copies {parameter: (n, *shape)}, inputs, outputs {layer: (n, positions, features)}."""
-
-        def alone(copies, row):
-            self.calls = {k: [] for k in plan.shared}
-            with _EmbeddingGradients():
-                z = functional_call(self.net, self.buffers | copies, row[None])
-            calls, self.calls = self.calls, {}
-            return _logits(z, 1)[0], {k: call[0] for k, call in calls.items() if len(call) == 1}
-
-        copies = {k: self.params[k].detach() for k in plan.copied}
-        copies = {k: t.expand(len(x), *t.shape).requires_grad_() for k, t in copies.items()}
-        z, calls = plan.map(alone)(copies, x)
-        inputs = {k: _wide(a) for k, (a, _) in calls.items()}
-        return z, copies, inputs, {k: rows for k, (_, rows) in calls.items()}
-
-    def product(self, name, layer, forward, fixed, a):
-        """What a shared layer computes. It notes the rows of its inputs and its outputs."""
-        conv = isinstance(layer, nn.Conv2d)
-        if name not in self.calls or (conv and a.shape[:-3] != (1,)):
-            return forward(a)
-        if conv:
-            patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            z = layer._conv_forward(a, *fixed)
-            inputs, rows = patches[0].mT, z[0].flatten(1).mT
-            z = rows.clone().mT.view(z.shape)  # clone: the model may change z in place
-        else:
-            inputs = a.reshape(-1, a.shape[-1])
-            rows = F.linear(inputs, *fixed)
-            z = rows.clone().view(*a.shape[:-1], -1)
-        self.calls[name].append((inputs.detach(), rows))
-        return z
-
-    def plan(self, x):
-        """How x of one shape runs: map, shared layers, copied parameters, size."""
-        key = x.shape[1:], x.dtype
-        if key not in self.plans:
-            z = _logits(self.net(x[:1]), 1)
-            reached = _gradients(z, self.params, torch.ones_like(z)).keys()
-            if not reached:
-                raise ValueError("model outputs do not depend on any trainable parameter")
-            try:
-                self.plans[key] = self.make_plan(vmap, [*self.shared], x[[0, 0]], reached)
-            except RuntimeError as error:
-                warnings.warn(f"the Fisher runs one example at a time: {error}", stacklevel=2)
-                self.plans[key] = self.make_plan(_loop, [], x[[0, 0]], reached)
-        return self.plans[key]
-
-    def make_plan(self, mapped, shared, x, reached):
-        plan = SimpleNamespace(map=mapped, shared=shared, copied=[*self.params])
-        for _ in range(2):  # first to find out, then to try it
-            z, copies, _, outputs = self.run(plan, x)
-            used = _gradients(z, copies | outputs, torch.ones_like(z)).keys()
-            elsewhere = {_layer_of(name) for name in used & copies.keys()}  # forward uses copies
-            plan.shared = [k for k in outputs if k in used and k not in elsewhere]
-            plan.copied = [k for k in self.params if _layer_of(k) not in plan.shared]
-        if not all(name in used or _layer_of(name) in used for name in reached):
-            raise RuntimeError("under vmap some parameters have no gradient")
-        sizes = [self.shared[k].weight.numel() for k in plan.shared if len(outputs[k][0]) > 1]
-        held = sum(self.params[k].numel() for k in plan.copied) + max(sizes, default=0)
-        plan.size = min(TOGETHER, 1 + COPIES // (1 + held))
-        return plan
-
-    def check_outputs(self, z, x):
-        """Raise unless z, of examples alone, is finite and the same in a batch."""
-        if not z.isfinite().all():
-            raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
-        z, x = z[:: 1 + len(z) // 32], x[:: 1 + len(x) // 32]
-        batch = _logits(self.net(x), len(x))
-        limit = torch.finfo(z.dtype).eps ** 0.5 * z.abs().max()  # far above rounding
-        if z.shape != batch.shape or (z - batch).abs().max() > limit:
-            raise ValueError("a batch has other outputs: no example may influence another")
-
-
-def _loop(function):
-    def mapped(copies, x):  # like vmap(function), one example after the other
-        rows = zip(x, *(t.unbind() for t in copies.values()))
-        zs = [function(dict(zip(copies, own)), row)[0] for row, *own in rows]
-        return torch.stack(zs), {}
-
-    return mapped
-
-
-def _layer_of(name):
-    """The prefix of a parameter's name: that of its layer, where this is linear."""
-    return name.removesuffix("weight").removesuffix("bias")
-
-
-def _gradients(z, tensors, v):
-    """{name: J^T v} for those of the tensors that z depends on, in float32 or wider."""
-    if not z.requires_grad:
-        return {}
-    grads = torch.autograd.grad(z, [*tensors.values()], v, retain_graph=True, allow_unused=True)
-    return {name: _wide(g.to_dense()) for name, g in zip(tensors, grads) if g is not None}
-
-
-class _EmbeddingGradients(TorchFunctionMode):
-    """Under vmap the backward pass of an embedding ignores padding_idx: cut that gradient here."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if function is F.embedding and kwargs["padding_idx"] is not None:
-            padding = args[0] == kwargs["padding_idx"] % len(args[1])
-            output = torch.where(padding.unsqueeze(-1), output.detach(), output)
-        return output
-
-
-class _Likelihood:
-    """log p(y | z) of the outputs z, as the criterion names it, and its score s = d log p / d z."""
-
-    def __init__(self, criterion, labels=(), seed=0):  # (): for training
-        def is_one_of(*kinds):
-            return criterion in kinds or type(criterion) in kinds
-
-        if getattr(criterion, "reduction", "mean") != "mean":
-            raise ValueError(f"criterion must take the mean, got {criterion!r}")
-        self.criterion, self.labels = criterion, labels
-        self.categorical = is_one_of(nn.CrossEntropyLoss, F.cross_entropy)
-        self.bernoulli = is_one_of(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
-        self.gaussian = is_one_of(nn.MSELoss, F.mse_loss)
-        self.other = not (self.categorical or self.bernoulli or self.gaussian)
-        nothing = -100 if self.categorical else math.nan
-        self.ignore_index = getattr(criterion, "ignore_index", nothing)
-        options = [getattr(criterion, k, None) for k in ("weight", "pos_weight", "label_smoothing")]
-        weighted = options[0] is not None or options[1] is not None or options[2]
-        known = labels == "empirical" if self.other else labels in LABELS and not weighted
-        if not known and labels != ():
-            rule = f"one of {LABELS} for a plain CrossEntropyLoss, BCEWithLogitsLoss or MSELoss"
-            got = f"got {labels!r} for criterion {criterion!r}"
-            raise ValueError(f"labels must be {rule}, 'empirical' for others, {got}")
-        rank = distributed.get_rank() if _is_distributed() else 0
-        self.generator = torch.Generator().manual_seed(seed + 10007 * rank)
-
-    def directions(self, z, y):
-        """Vectors v like z, one per pass, with sum_v v v^T = E_y[s s^T] for each example."""
-        y, wide = self.fitting(z, y), _wide(z)
-        counted = (y != self.ignore_index).unsqueeze(1) if self.categorical else 1
-        if self.labels == "sampled":
-            y = self.sample(wide)
-        for v in self.roots(wide) if self.labels == "exact" else [self.score(wide, y)]:
-            yield (v * counted).to(z.dtype)
-
-    def roots(self, z):
-        """The columns of a root of the covariance of s."""
-        if not self.categorical:
-            variance = z.sigmoid() * (-z).sigmoid() if self.bernoulli else 0 * z + 2
-            for one in torch.eye(z[0].numel(), device=z.device):
-                yield variance.sqrt() * one.view_as(z[0])
-            return
-        # Draw y in C - 1 independent steps, "c or a later class", with one direction each.
-        p = z.softmax(1).reshape(*z.shape[:2], -1)
-        q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
-        root = (p[:, :-1] * q[:, 1:] / q[:, :-1]).sqrt()
-        for t in range(p.shape[2]):
-            for c in range(p.shape[1] - 1):
-                v = torch.zeros_like(p)
-                v[:, c, t] = root[:, c, t]
-                v[:, c + 1 :, t] = p[:, c + 1 :, t] * (-root[:, c, t] / q[:, c + 1, t])[:, None]
-                yield v.view_as(z)
-
-    def sample(self, z):
-        """One y for each example and position, by the inverse of the distribution function."""
-        shape = z[:, :1].shape if self.categorical else z.shape
-        u = torch.rand(shape, generator=self.generator).to(z).clamp_min(2**-25)
-        if self.categorical:
-            return (z.softmax(1).cumsum(1) < u).sum(1).clamp_max(z.shape[1] - 1)
-        return (u < z.sigmoid()).to(z) if self.bernoulli else z + torch.special.ndtri(u) / 2**0.5
-
-    def score(self, z, y):
-        """d log p(y | z) / d z"""
-        if self.categorical:
-            return F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1) - z.softmax(1)
-        if not self.other:
-            return y - z.sigmoid() if self.bernoulli else 2 * (y - z)
-        z = z.detach().requires_grad_()
-        loss = sum(self.criterion(z[i : i + 1], y[i : i + 1]) for i in range(len(z)))
-        return -torch.autograd.grad(loss, z)[0]
-
-    def fitting(self, z, y):
-        """The labels y as the criterion takes them for the outputs z, or an error."""
-        if self.other:
-            return y
-        wanted = z.shape[:1] + z.shape[2:] if self.categorical else z.shape
-        scores = not y.is_floating_point() and z.dim() > 1 and z.shape[1] > 1
-        if y.shape != wanted or (self.categorical and not scores):
-            kind = "class indices, of two classes or more," if self.categorical else "targets"
-            got = f"{y.dtype} {tuple(y.shape)} for outputs {tuple(z.shape)}"
-            raise ValueError(f"labels y must be {kind} {tuple(wanted)}, got {got}")
-        y, high = (y.long(), z.shape[1] - 1) if self.categorical else (y.to(z.dtype), 1)
-        if not self.gaussian and y.numel() and not 0 <= y.min() <= y.max() <= high:
-            wrong = ~((y >= 0) & (y <= high)) & (y != self.ignore_index)
-            if wrong.any():
-                raise ValueError(f"labels y must lie in 0..{high}, got {y[wrong][0]}")
-        return y
-
-    def counted(self, y):
-        """Which examples are not ignored."""
-        return (y.long() != self.ignore_index).reshape(len(y), -1).any(1)
-
-
-def _wide(t):
-    """t in float32, or in its own type where that is wider."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _batches(loader, params):
-    """The (x, y) of a loader, checked, on the device of the parameters."""
-    device = next(iter(params.values())).device
-    for batch in loader:
-        x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        got = [tuple(t.shape) if torch.is_tensor(t) else type(t).__name__ for t in (x, y)]
-        if str in map(type, got) or not got[0][:1] == got[1][:1] != ():
-            raise TypeError(f"a loader must yield tensors (x, y), examples first, got {got}")
-        if len(x):
-            yield x.to(device), y.to(device)
-
-
-def _joined(loader, params):
-    """The same with small batches of one shape joined, which saves time."""
-    held = []
-    for x, y in _batches(loader, params):
-        size = len(x) + sum(len(a) for a, _ in held)
-        if held and (size > TOGETHER or x.shape[1:] != held[0][0].shape[1:]):
-            yield tuple(map(torch.cat, zip(*held)))
-            held = []
-        if len(x) >= TOGETHER:
-            yield x, y
-        else:
-            held.append((x.clone(), y.clone()))  # the loader may fill the same memory again
-    if held:
-        yield tuple(map(torch.cat, zip(*held)))
-
-
-def _is_distributed():
-    return distributed.is_available() and distributed.is_initialized()
-
-
-@contextlib.contextmanager
-def _mean_over_examples(sums, model):
-    """A ``_PerExample``; then sums /= its count, over all processes, which fail together."""
-    failure, device = None, next(model.parameters()).device
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    try:
-        with (
-            torch.random.fork_rng({p.device for p in model.parameters() if p.is_cuda}),
-            # cuDNN has no backward pass for recurrent layers in evaluation mode; TF32 is inexact.
-            torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False),
-        ):
-            examples = _PerExample(_unwrap(model))
-            yield examples
-    except Exception as error:
-        failure = error
-    add_up = distributed.all_reduce if _is_distributed() else lambda t: t
-    status = torch.tensor([failure is not None, 0 if failure else examples.count], device=device)
-    add_up(status)
-    failed, count = status.tolist()
-    if failed:
-        raise failure or RuntimeError("the Fisher failed in another process")
-    if not count:
-        raise ValueError("data_loader gave 0 examples: it is empty, used up or ignored")
-    for name, total in sums.items():
-        add_up(total)
-        if not total.div_(count).isfinite().all():
-            raise FloatingPointError(f"Fisher of {name!r} is not finite: clean y, scale x down")
-
-
 # -------- penalty
 
 
 def ewc_loss(model, fisher_dict, optimal_params, lambda_ewc):
     """lambda_ewc / 2 * sum_i F_i (theta_i - theta*_i)^2   (Kirkpatrick et al. 2017, eq. 3)
 
-    fisher_dict {name: F} is from ``compute_fisher_information``, optimal_params {name: theta*} from
-    ``take_anchor``: for every trainable parameter, of its shape, on its device; zeros in F leave it
-    free. lambda_ewc: finite, >= 0. Returns a scalar. Raises TypeError and ValueError.
+    fisher_dict: {name: F} from ``compute_fisher_information``, or {layer: (A, G)} from
+      ``compute_kronecker_fisher``. Zeros leave a parameter free; ones hold all alike (L2).
+    optimal_params: {name: theta*} from ``take_anchor``. Both: an entry for every trainable
+      parameter, of its shape, on its device. lambda_ewc: finite, >= 0.
+
+    Returns a scalar to add to the loss on task B. Raises TypeError and ValueError.
     """
     springs = _springs(model, fisher_dict, optimal_params, lambda_ewc)
-    total = sum((spring.fisher * spring.displacement() ** 2).sum() for spring in springs)
-    return float(lambda_ewc) / 2 * total
+    return float(lambda_ewc) / 2 * sum(spring.energy() for spring in springs)
 
 
 def add_ewc_gradients(model, fisher_dict, optimal_params, lambda_ewc):
     """grad += lambda_ewc F (theta - theta*), in place: what ``ewc_loss`` adds, without autograd.
 
-    Call it between ``loss.backward()`` and ``optimizer.step()``.
+    Call it between ``loss.backward()`` and ``optimizer.step()``, on gradients of the loss itself:
+    after ``scaler.unscale_(optimizer)``, and before a clip that is meant for both terms.
     """
     for spring in _springs(model, fisher_dict, optimal_params, lambda_ewc):
-        spring.add_gradient(lambda_ewc)
+        spring.add_gradient(float(lambda_ewc))
 
 
 class _Spring:
-    """F_i (theta_i - theta*_i)^2 for the entries of one parameter, in float32 or wider."""
+    """F_i (theta_i - theta*_i)^2 for the weights of one parameter, in float32 or wider."""
 
     waiting = 0.0  # lr * lambda since the last proximal step
+    rate = None  # lr * lambda of the last one
 
     def __init__(self, name, params, fisher, anchors):
-        _check_entry(f"fisher_dict[{name!r}]", fisher, params[0], least=0)
-        self.params, self.fisher, self.anchor = params, _wide(fisher), self.joined(anchors)
-
-    def joined(self, tensors):
-        return _wide(tensors[0])
+        (self.param,) = self.params = list(params.values())
+        self.entries = [(f"fisher_dict[{name!r}]", fisher, self.param, 0.0)]
+        self.entries.append((f"optimal_params[{name!r}]", anchors[name], self.param, -math.inf))
+        _check_shapes(self.entries)
+        self.fisher = _wide(fisher)
+        self.anchor = _wide(anchors[name])
 
     def displacement(self):
         """theta - theta*"""
-        return self.joined(self.params) - self.anchor
+        return _wide(self.param) - self.anchor
 
-    def add(self, targets, stiffness, factor):
-        """targets += factor * stiffness * (theta - theta*)"""
-        targets[0].addcmul_(stiffness, self.displacement(), value=factor)
+    def energy(self):
+        """sum_i F_i (theta_i - theta*_i)^2"""
+        return (self.fisher * self.displacement() ** 2).sum()
 
     @torch.no_grad()
     def add_gradient(self, lambda_ewc):
-        for p in self.params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
-        self.add([p.grad for p in self.params], self.fisher, float(lambda_ewc))
-
-    def wait(self, lambda_ewc, group):
-        """Note a step of SGD; with momentum a gradient counts 1 / (1 - momentum) times."""
-        momentum = group["momentum"]
-        damping = 1 - group["dampening"] if momentum else 1
-        self.waiting += float(lambda_ewc * group["lr"]) * damping / (1 - momentum)
+        """grad += lambda F (theta - theta*)"""
+        _dense_gradient(self.param).addcmul_(self.fisher, self.displacement(), value=lambda_ewc)
 
     @torch.no_grad()
     def proximal_step(self):
         """theta <- theta* + (theta - theta*) / (1 + r), with r = F times the waiting lr * lambda"""
-        r = (self.fisher * min(self.waiting, 1e30)).clamp_(max=1e30)  # no infinity times 0
-        self.add(self.params, r.div_(1 + r), -1)
+        self.param.addcmul_(self.share(self.fisher), self.displacement(), value=-1)
+
+    def share(self, stiffness):
+        """r / (1 + r), the share of the displacement that a proximal step takes back."""
+        if self.waiting != self.rate:
+            self.rate = self.waiting
+            r = (stiffness * min(self.rate, 1e30)).clamp_(max=1e30)  # no infinity times 0
+            self.taken = r.div_(1 + r)
         self.waiting = 0.0
+        return self.taken
+
+
+class _KroneckerSpring(_Spring):
+    """tr(G D A D^T) with D = [weight bias] - anchor, for the weights of one linear layer."""
+
+    axes = None
+
+    def __init__(self, name, params, factors, anchors):
+        self.name, self.params = name, list(params.values())
+        anchors = {k: anchors[k] for k in params}
+        sizes = sum(p[0].numel() for p in self.params), len(self.params[0])
+        self.entries = [
+            (f"optimal_params[{k!r}]", anchors[k], params[k], -math.inf) for k in params
+        ]
+        for side, factor, size in zip("AG", factors, sizes):
+            square = factor.new_empty(size, size) if torch.is_tensor(factor) else self.params[0]
+            self.entries.append((f"fisher_dict[{name!r}], {side}", factor, square, -math.inf))
+        _check_shapes(self.entries)
+        self.a, self.g = map(_wide, factors)
+        self.anchor = self.joined(anchors.values())
+
+    def joined(self, tensors):
+        """[weight bias]"""
+        return torch.cat([_wide(t).reshape(len(t), -1) for t in tensors], 1)
+
+    def displacement(self):
+        return self.joined(self.params) - self.anchor
+
+    def energy(self):
+        d = self.displacement()
+        return (d * _between(self.g, d, self.a)).sum()
+
+    @torch.no_grad()
+    def add_gradient(self, lambda_ewc):
+        """grad += lambda G D A"""
+        pull = _between(self.g, self.displacement(), self.a)
+        self.add([_dense_gradient(p) for p in self.params], pull, lambda_ewc)
+
+    @torch.no_grad()
+    def proximal_step(self):
+        """The same step as a diagonal spring's, in the basis of the factors' eigenvectors."""
+        if self.axes is None:
+            a, right = torch.linalg.eigh(self.a.cpu().double())
+            g, left = torch.linalg.eigh(self.g.cpu().double())
+            self.axes = left.to(self.g), right.to(self.a)
+            self.stiffness = torch.outer(g, a).clamp_min(0).to(self.a)
+        left, right = self.axes
+        taken = self.share(self.stiffness) * _between(left.T, self.displacement(), right)
+        self.add(self.params, _between(left, taken, right.T), -1)
+
+    def add(self, targets, pull, factor):
+        parts = pull.split([t[0].numel() for t in targets], 1)
+        for target, part in zip(targets, parts):
+            target.add_(part.view_as(target), alpha=factor)
+
+
+def _between(left, d, right):
+    with torch.autocast(d.device.type, enabled=False):  # it would round to bfloat16
+        return left @ d @ right
+
+
+def _dense_gradient(p):
+    """The gradient of p, made if there is none, dense."""
+    p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+    return p.grad
 
 
 def _springs(model, fisher_dict, optimal_params, lambda_ewc):
-    """The springs of all parameters, after all checks."""
-    params, springs = _trainable(model), []
+    """The springs of all trainable parameters, after all checks."""
+    if not hasattr(lambda_ewc, "__float__"):
+        raise TypeError(f"lambda_ewc must be a number, got {lambda_ewc!r}")
     if not 0 <= lambda_ewc < math.inf:
         raise ValueError(f"lambda_ewc must be finite and at least 0, got {lambda_ewc!r}")
     if not isinstance(fisher_dict, Mapping) or not isinstance(optimal_params, Mapping):
         raise TypeError("fisher_dict and optimal_params must be dictionaries")
-    for name, p in params.items():
-        _check_entry(f"optimal_params[{name!r}]", optimal_params.get(name), p)
-    missing = set(params)
+    params = _trainable(model)
+    owned = {name: [name] for name in fisher_dict}
     for name, fisher in fisher_dict.items():
-        kind, own = _Spring, [name]
         if isinstance(fisher, tuple):
-            kind, own = _KroneckerSpring, [f"{name}.{k}".lstrip(".") for k in ("weight", "bias")]
-        own = [k for k in own if k in params]
-        if own:
-            anchors = [optimal_params[k] for k in own]
-            springs.append(kind(name, [params[k] for k in own], fisher, anchors))
-            missing -= set(own)
-    if missing:
-        raise ValueError(f"fisher_dict lacks {sorted(missing)}: zeros leave a parameter free")
+            owned[name] = [f"{name}.{part}".lstrip(".") for part in ("weight", "bias")]
+    held = {"fisher_dict": sum(owned.values(), []), "optimal_params": optimal_params}
+    for argument, given in (("fisher_dict", fisher_dict), ("optimal_params", optimal_params)):
+        if lost := [name for name in params if name not in held[argument]]:
+            remedy = "pad a new parameter with zeros, rename the entries, or freeze it"
+            raise ValueError(f"{argument} lacks {lost}, it has {[*given]}: {remedy}")
+    springs = []
+    for name, fisher in fisher_dict.items():
+        kind = _KroneckerSpring if isinstance(fisher, tuple) else _Spring
+        own = {k: params[k] for k in owned[name] if k in params}
+        if own:  # else frozen, or unknown
+            springs.append(kind(name, own, fisher, optimal_params))
+    _check_finite_entries([entry for spring in springs for entry in spring.entries])
     return springs
 
 
-def _check_entry(entry, value, like, least=-math.inf):
-    """Raise unless the value is a finite tensor, shaped and placed like ``like``."""
-    wanted = f"{tuple(like.shape)} on {like.device}"
-    got = f"{tuple(value.shape)} on {value.device}" if torch.is_tensor(value) else repr(value)
-    if got != wanted:
-        raise ValueError(f"{entry} must be a tensor {wanted}, got {got}: .to(device)?")
-    if value.data_ptr() == like.data_ptr() != 0:
-        raise ValueError(f"{entry} is the live parameter: use take_anchor(model)")
-    low, high = [bound.item() for bound in value.aminmax()] if value.numel() else (0, 0)
-    if not math.isfinite(high - low) or low < least:
-        raise ValueError(f"{entry} holds {low}..{high}: entries must be finite, a Fisher's >= 0")
+def _check_shapes(entries):
+    """Raise unless each (entry, value, like, least) has a tensor, shaped and placed like it."""
+    for entry, value, like, _ in entries:
+        wanted = f"{tuple(like.shape)} on {like.device}"
+        got = f"{tuple(value.shape)} on {value.device}" if torch.is_tensor(value) else repr(value)
+        if got != wanted:
+            raise ValueError(f"{entry} must be a tensor {wanted}, got {got}: .to(device)?")
+        if value.data_ptr() == like.data_ptr() != 0:
+            raise ValueError(f"{entry} is the live parameter: use take_anchor(model)")
+
+
+def _check_finite_entries(entries):
+    """Raise unless all values are finite and at least ``least``, with one wait for the device."""
+    bounds = [b for _, value, *_ in entries if value.numel() for b in value.aminmax()]
+    low_high = iter(torch.stack([b.float().to(bounds[0].device) for b in bounds]).tolist())
+    for entry, value, _, least in entries:
+        low, high = (next(low_high), next(low_high)) if value.numel() else (0, 0)
+        if not math.isfinite(high - low) or low < least:
+            wanted = "entries must be finite, a Fisher's >= 0"
+            raise ValueError(f"{entry} holds {low}..{high}: {wanted}")
+
+
+# -------- Fisher
+
+LABELS = ("exact", "sampled", "empirical")
+
+
+@torch.inference_mode(False)
+def compute_fisher_information(model, data_loader, criterion, *, labels="exact", seed=0):
+    """The diagonal Fisher information, a mean over the N examples of ``data_loader``.
+
+    F_i = 1/N sum_n E_y [(d log p(y | x_n, theta) / d theta_i)^2]   (Martens 2020, sec. 5 and 11)
+
+    data_loader: an iterable of batches (x, y); x is a tensor, a tuple for ``model(*x)`` or a
+      dictionary for ``model(**x)``; or a dictionary with "labels". ``tqdm(loader)`` shows progress,
+      ``itertools.islice(loader, k)`` takes a part of the task.
+    criterion: CrossEntropyLoss or, on log-probabilities, NLLLoss (p is categorical),
+      BCEWithLogitsLoss (Bernoulli), MSELoss (Gaussian of variance 1/2: for a loss that is half of
+      it, halve F), without weights. For "empirical" any other mean over examples, too.
+    labels: "exact" is all y, weighted by the model's own p, in T (C - 1) backward passes for C
+      classes at T positions (pixels, tokens), T C for BCE and MSE. "sampled" is one y drawn from p:
+      one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
+
+    Returns {name: tensor >= 0}, float32 or wider. log p sums over an example's positions, without
+    ``ignore_index``. The model itself runs, in evaluation mode, and is left as it was. Under
+    torch.distributed the mean is over all processes. Raises TypeError, ValueError,
+    FloatingPointError; warns where it has to go one example at a time.
+    """
+    likelihood = _Likelihood(criterion, labels, seed)
+    fisher = {
+        name: _wide(torch.zeros_like(p)).contiguous() for name, p in _trainable(model).items()
+    }
+    count = 0
+    with _recorder(model) as recorder:
+        for x, y in recorder.batches(data_loader):
+            for run in recorder.runs(x, y, likelihood):  # the batch, or where need be each example
+                count += likelihood.counted(run.y).sum().item()
+                for v in likelihood.directions(run.z, run.y):  # sum_v v v^T = E_y[s s^T]
+                    run.backward(v)  # g = J^T v at the outputs of every layer
+                    for layer in run.linear:  # example n has the gradient g_n a_n^T, and ...
+                        layer.g_squared.addcmul_(layer.g, layer.g)
+                    for name, gradients in run.example_gradients():  # (examples, *shape)
+                        fisher[name] += _sum_of_squares(gradients)
+                for layer in run.linear:  # ... sum_v (g a^T)^2 = (sum_v g^2) (a^2)^T
+                    if layer.weight in fisher:
+                        squares = layer.g_squared.T @ layer.a**2
+                        fisher[layer.weight] += squares.view_as(fisher[layer.weight])
+                    if layer.bias in fisher:
+                        fisher[layer.bias] += layer.g_squared.sum(0)
+    return _divided(fisher, count)  # by N
+
+
+def _sum_of_squares(gradients):
+    """sum_n gradients[n]^2, in the order in which the numbers lie in memory."""
+    order = sorted(range(1, gradients.dim()), key=gradients.stride, reverse=True)
+    squares = gradients.permute(0, *order).square().sum(0)
+    return squares.permute([order.index(d) for d in range(1, gradients.dim())])
 
 
 # -------- training
@@ -645,10 +414,10 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                    callback=None):  # fmt: skip
     """Minimise L_B(theta) + lambda_ewc / 2 * sum_i F_i (theta_i - theta*_i)^2, in place.
 
-    train_loader, criterion, optimizer: batches (x, y), a mean loss of (outputs, y), and what steps
-      on all trainable weights.
-    fisher_dict, optimal_params, lambda_ewc: as in ``ewc_loss``, or Kronecker factors for the first.
-      lambda_ewc = 0 is plain training, bit for bit; both may then be None.
+    train_loader, criterion, optimizer: batches as in ``compute_fisher_information``, a mean loss of
+      (outputs, y), and what steps on all trainable weights.
+    fisher_dict, optimal_params, lambda_ewc: as in ``ewc_loss``. lambda_ewc = 0 is plain training,
+      bit for bit; the other two may then be None.
     penalty: "explicit" adds lambda_ewc F (theta - theta*) to the gradient; with SGD it is stable
       while lr lambda_ewc max F < 2 (1 + momentum). "implicit" lets SGD step on L_B, then goes to
       theta* + (theta - theta*) / (1 + lr lambda_ewc F), with lr / (1 - momentum) for lr: always
@@ -662,43 +431,55 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     penalty holds. Raises TypeError, ValueError, and FloatingPointError for NaN or infinity, with
     the weights put back.
     """
-    params, likelihood, springs, losses, step = _trainable(model), _Likelihood(criterion), [], [], 0
-    groups = _checked_groups(params, train_loader, optimizer, epochs, penalty, every)
-    if lambda_ewc != 0:
-        springs = _springs(model, fisher_dict, optimal_params, lambda_ewc)
-    explicit, implicit = (springs, []) if penalty == "explicit" else ([], springs)
-    start = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    params = _trainable(model)
+    likelihood = _Likelihood(criterion)
+    needed = lambda_ewc != 0
+    springs = _springs(model, fisher_dict, optimal_params, lambda_ewc) if needed else []
+    _check_training(train_loader, epochs, penalty, every, scheduler)
+    groups = _checked_groups(params, springs, optimizer, penalty)
+    start = [(t, t.detach().clone()) for t in (*params.values(), *model.buffers())]
     callback = callback or (lambda step, model: None)
+    step, means = 0, []
     with _modes_restored(model):
         if not model.training:
             model.train()
         callback(step, model)
         for _ in range(epochs):
-            losses.append([])
-            for x, y in _batches(train_loader, params):
+            losses = []
+            for x, y in _batches(train_loader, start[0][0].device):
                 optimizer.zero_grad()
-                z = _logits(model(x), len(x))
+                z = _logits(model, x, len(y))
                 loss = criterion(z, likelihood.fitting(z, y))
                 loss.backward()
-                for spring in explicit:
-                    spring.add_gradient(lambda_ewc)  # the penalty: lambda F (theta - theta*)
+                if penalty == "explicit":
+                    for spring in springs:  # the penalty: grad += lambda F (theta - theta*)
+                        spring.add_gradient(float(lambda_ewc))
                 optimizer.step()
                 step += 1
-                for spring in implicit:
-                    spring.wait(lambda_ewc, groups[spring.params[0]])
-                    if step % every == 0:
-                        spring.proximal_step()  # the penalty, in its implicit form
+                if penalty == "implicit":
+                    _proximal_steps(springs, lambda_ewc, groups, now=step % every == 0)
                 if scheduler is not None:
                     scheduler.step()
-                losses[-1].append(loss.item())
-                _check_finite(math.isfinite(losses[-1][-1]), start, step)
+                losses.append(loss.item())
+                _check_finite(math.isfinite(losses[-1]), start, step)
                 callback(step, model)
-            for spring in implicit:
+            for spring in springs:
                 spring.proximal_step()  # for what ``every`` has left over
             _check_finite(all(p.isfinite().all() for p in params.values()), start, step)
-            if not losses[-1]:
+            if not losses:
                 raise ValueError("train_loader gave 0 batches: it is empty or used up")
-    return [sum(epoch) / len(epoch) for epoch in losses]
+            means.append(sum(losses) / len(losses))
+    return means
+
+
+def _proximal_steps(springs, lambda_ewc, groups, now):
+    """Note a step of SGD; with momentum a gradient counts 1 / (1 - momentum) times."""
+    for spring in springs:
+        group = groups[spring.params[0]]
+        damping = 1 - group["dampening"] if group["momentum"] else 1
+        spring.waiting += float(lambda_ewc * group["lr"]) * damping / (1 - group["momentum"])
+        if now:
+            spring.proximal_step()
 
 
 @torch.no_grad()
@@ -708,23 +489,36 @@ def _check_finite(finite, start, step):
         for t, value in start:
             t.copy_(value)
         remedy = "penalty='implicit' or a smaller learning rate, or look for NaN in the data"
-        raise FloatingPointError(f"not finite at step {step}, weights put back: {remedy}")
+        fresh = "make a new optimizer, since its momentum may be spoilt"
+        raise FloatingPointError(f"not finite at step {step}, weights put back: {remedy}; {fresh}")
 
 
-def _checked_groups(params, train_loader, optimizer, epochs, penalty, every):
-    """{parameter: its optimizer group}, after checks."""
+def _check_training(train_loader, epochs, penalty, every, scheduler):
     if epochs > 1 and hasattr(train_loader, "__next__"):
         raise ValueError(f"train_loader serves 1 of {epochs} epochs: pass a list or a loader")
-    if epochs < 1 or not {"explicit": every == 1, "implicit": every >= 1}.get(penalty):
+    known = every == 1 if penalty == "explicit" else every >= 1 and penalty == "implicit"
+    if not known or epochs < 1:
         rule = "'explicit' with every=1, or 'implicit'; epochs and every at least 1"
         raise ValueError(f"penalty must be {rule}; got {penalty!r}, {every=}, {epochs=}")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError("scheduler.step() follows every step: step ReduceLROnPlateau by yourself")
+
+
+def _checked_groups(params, springs, optimizer, penalty):
+    """{parameter: its optimizer group}, after checks."""
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     if lost := [name for name, p in params.items() if p not in groups]:
         raise ValueError(f"optimizer lacks {lost}: make it anew, or freeze them")
     if any(group.get("maximize") for group in groups.values()):
         raise ValueError("optimizer has maximize=True: it would repel the weights from theta*")
-    if penalty == "implicit" and not all("dampening" in group for group in groups.values()):
-        raise ValueError(f"penalty='implicit' is for SGD: use 'explicit' with {optimizer!r}")
+    if penalty == "implicit":
+        if not all("dampening" in group for group in groups.values()):
+            raise ValueError(f"penalty='implicit' is for SGD: use 'explicit' with {optimizer!r}")
+        if any(group["momentum"] >= 1 for group in groups.values()):
+            raise ValueError("penalty='implicit' needs a momentum below 1")
+        for spring in springs:
+            if len({groups[p]["lr"] for p in spring.params}) > 1:
+                raise ValueError(f"weight and bias of {spring.name!r} need one learning rate")
     return groups
 
 
@@ -737,18 +531,23 @@ class EWC:
     "single": F = sum_k F_k at the newest anchor, Bayes' rule as a recursion (Huszar 2018).
     "online": F = gamma F + F_k, 0 < gamma <= 1, likewise (Schwarz et al. 2018, eq. 9).
     "separate": one penalty per task (Kirkpatrick et al. 2017); their sum pulls like F = sum_k F_k
-      at the Fisher-weighted mean of the anchors.
-    torch.load(..., weights_only=True) reads a saved ``state_dict()``. Raises ValueError.
+      at the Fisher-weighted mean of the anchors. With weights and clients for tasks it is FedCurv;
+      a Fisher of ones gives L2-SP and FedProx.
+    torch.load(..., weights_only=True) reads a saved ``state_dict()``. Raises TypeError, ValueError.
     """
 
     def __init__(self, rule="single", *, gamma=1.0):
-        known = {"single": gamma == 1, "online": 0 < gamma <= 1, "separate": gamma == 1}
-        if not known.get(rule):
+        if rule not in ("single", "online", "separate") or not 0 < gamma <= 1:
             raise ValueError(f"rule={rule!r}, gamma={gamma!r} unknown; gamma < 1 is for 'online'")
-        self.rule, self.gamma, self.n_tasks, self.fisher, self.anchor = rule, gamma, 0, {}, {}
+        if gamma != 1 and rule != "online":
+            raise ValueError(f"rule={rule!r} takes no gamma={gamma!r}: gamma < 1 is for 'online'")
+        self.rule, self.gamma, self.n_tasks = rule, gamma, 0
+        self.fisher, self.anchor = {}, {}
 
     def consolidate(self, fisher_dict, optimal_params, *, weight=1.0):
         """Add the task just learned; weight: its N_k over the N that lambda_ewc refers to."""
+        if any(isinstance(fisher, tuple) for fisher in fisher_dict.values()):
+            raise TypeError("fisher_dict holds Kronecker factors: add with nearest_kronecker_sum")
         names = (self.fisher or fisher_dict).keys()
         if not names == fisher_dict.keys() == optimal_params.keys():
             raise ValueError(f"every task needs {[*names | fisher_dict.keys()]}: pad with zeros")
@@ -757,14 +556,18 @@ class EWC:
         fishers, anchors = {}, {}
         for name, new in fisher_dict.items():
             at = optimal_params[name].detach().clone()
-            old, was = self.fisher.get(name, 0 * new), self.anchor.get(name, at)
-            _check_entry(f"fisher_dict[{name!r}]", new, was, least=0)
-            _check_entry(f"optimal_params[{name!r}]", at, old)
-            fishers[name], anchors[name] = self.gamma * old + weight * new.detach(), at
+            was = self.anchor.get(name, at)
+            entries = [(f"fisher_dict[{name!r}]", new, was, 0.0)]
+            entries.append((f"optimal_params[{name!r}]", at, new, -math.inf))
+            _check_shapes(entries)
+            _check_finite_entries(entries)
+            fishers[name] = self.gamma * self.fisher.get(name, 0 * new) + weight * new.detach()
+            anchors[name] = at
             if self.rule == "separate":
                 share = (weight * new / fishers[name]).nan_to_num(1.0)  # 0 / 0: the newest
                 anchors[name] = (share * at + (1 - share) * was).to(at.dtype)
-        self.fisher, self.anchor, self.n_tasks = fishers, anchors, self.n_tasks + 1
+        self.fisher, self.anchor = fishers, anchors
+        self.n_tasks += 1
 
     def state_dict(self):
         return dict(vars(self))
@@ -773,7 +576,7 @@ class EWC:
         vars(self).update({name: state[name] for name in vars(self)})
 
 
-# -------- beyond the diagonal
+# -------- Kronecker
 
 
 @torch.inference_mode(False)
@@ -782,57 +585,37 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
 
     F of a layer = G (x) A: A = mean_n a a^T over its inputs a, a 1 appended for a trainable bias,
     and G = mean_n E_y[g g^T] over the gradients g of its outputs. Exact for one example. Every
-    trainable parameter must belong to an nn.Linear layer with one input. Returns {layer: (A, G)}
-    for ``train_with_ewc``, best with penalty="implicit", every=8. The penalty is
-    lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
+    trainable parameter must belong to an nn.Linear layer used once with one input an example.
+    Returns {layer: (A, G)} for ``train_with_ewc``, best with penalty="implicit", every=8. The
+    penalty is lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
-    likelihood, params, sums = _Likelihood(criterion, labels, seed), _trainable(model), {}
-    with _mean_over_examples(sums, model) as examples:
-        linear = [k for k, layer in examples.shared.items() if isinstance(layer, nn.Linear)]
-        layers = [k for k in linear if k + "weight" in params]
-        for layer in layers:
-            n_out, n_in = params[layer + "weight"].shape
-            for side, size in (("A", n_in + (layer + "bias" in params)), ("G", n_out)):
-                sums[layer + side] = _wide(params[layer + "weight"]).new_zeros(size, size)
-        for x, y in _joined(data_loader, params):
-            counted = likelihood.counted(y)
-            z, _, inputs, outputs = examples.run(examples.plan(x), x)
-            single = [k for k in layers if k in outputs and len(outputs[k][0]) == 1]
-            if lost := [name for name in params if _layer_of(name) not in single]:
-                raise ValueError(f"freeze {lost}: not of nn.Linear layers used once with one input")
-            for v in likelihood.directions(z.detach(), y):
-                for layer, g in _gradients(z, outputs, v).items():
-                    sums[layer + "G"] += g[:, 0].T @ g[:, 0]
-            for layer in layers:
-                a = inputs[layer][counted, 0]
-                a = F.pad(a, (0, 1), value=1.0) if layer + "bias" in params else a
-                sums[layer + "A"] += a.T @ a
-            examples.check_outputs(z.detach(), x)
-            examples.count += counted.sum().item()
-    return {layer[:-1]: (sums[layer + "A"], sums[layer + "G"]) for layer in layers}
-
-
-class _KroneckerSpring(_Spring):
-    """tr(G D A D^T) of one layer: G (x) A is diagonal in the basis of its factors' eigenvectors."""
-
-    def __init__(self, name, params, factors, anchors):
-        sizes = sum(p[0].numel() for p in params), len(params[0])
-        for factor, size, side in zip(factors, sizes, "AG"):
-            _check_entry(f"fisher_dict[{name!r}], {side}", factor, params[0].new_empty(size, size))
-        (a, a_axes), (g, g_axes) = (torch.linalg.eigh(f.cpu().double()) for f in factors)
-        self.axes = g_axes.to(factors[1]), a_axes.to(factors[0])
-        self.fisher = torch.outer(g, a).clamp_min(0).to(factors[0])
-        self.params, self.anchor = params, self.joined(anchors)
-
-    def joined(self, tensors):
-        """[weight bias] in that basis."""
-        d = torch.cat([_wide(t).reshape(len(t), -1) for t in tensors], 1)
-        return self.axes[0].T @ d @ self.axes[1]
-
-    def add(self, targets, stiffness, factor):
-        pull = self.axes[0] @ (stiffness * self.displacement()) @ self.axes[1].T
-        for target, part in zip(targets, pull.split([t[0].numel() for t in targets], 1)):
-            target.add_(part.view_as(target), alpha=factor)
+    likelihood = _Likelihood(criterion, labels, seed)
+    params, factors, count = _trainable(model), {}, 0
+    for name, layer in _unwrap(model).named_modules():
+        if type(layer) is nn.Linear and layer.weight.requires_grad:
+            one = layer.bias is not None and layer.bias.requires_grad
+            for side, size in (("A", layer.in_features + one), ("G", layer.out_features)):
+                factors[name, side] = _wide(layer.weight.detach()).new_zeros(size, size)
+    with _recorder(model) as recorder:
+        for x, y in recorder.batches(data_loader):
+            for run in recorder.runs(x, y, likelihood):
+                counted = likelihood.counted(run.y)
+                count += counted.sum().item()
+                layers = {k.name: k for k in run.linear if (k.name, "A") in factors}
+                held = [name for layer in layers.values() for name in layer.names.values()]
+                if lost := [name for name in params if name not in held]:
+                    rule = "only nn.Linear layers, used once with one input, have factors"
+                    raise ValueError(f"freeze {lost}: {rule}")
+                for name, layer in layers.items():
+                    ones = len(factors[name, "A"]) - layer.a.shape[1]
+                    a = F.pad(layer.a, (0, ones), value=1.0)[counted]
+                    factors[name, "A"] += a.T @ a
+                for v in likelihood.directions(run.z, run.y):
+                    run.backward(v)
+                    for name, layer in layers.items():
+                        factors[name, "G"] += layer.g.T @ layer.g
+    factors = _divided(factors, count)
+    return {name: (factors[name, "A"], factors[name, "G"]) for name, side in factors if side == "A"}
 
 
 def nearest_kronecker_sum(first, second):
@@ -847,3 +630,673 @@ def nearest_kronecker_sum(first, second):
         sign = 1 if found[0].view_as(pairs[0][0]).trace() >= 0 else -1
         result[layer] = tuple((sign * f).view_as(p[0]).to(p[0]) for f, p in zip(found, pairs))
     return result
+
+
+# -------- engine: you need not read on
+#
+# How the gradient of each example is found for any module, how it is checked, and what is put back.
+
+TOGETHER = 1024, 2**24  # the most examples in one pass, and the bytes that may be kept for them
+PRODUCTS = 2**20  # numbers in the gradients of some examples
+
+FAMILIES = {
+    "categorical": (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss),
+    "Bernoulli": (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
+    "Gaussian": (nn.MSELoss, F.mse_loss),
+}
+
+
+class _Likelihood:
+    """log p(y | z) of the outputs z, as the criterion names it, and its score s = d log p / d z."""
+
+    def __init__(self, criterion, labels=None, seed=0):  # no labels: for training
+        kinds = criterion, type(criterion)
+        families = [k for k, members in FAMILIES.items() if any(m in kinds for m in members)]
+        self.criterion, self.labels, self.family = criterion, labels, (*families, "other")[0]
+        nothing = -100 if self.family == "categorical" else math.nan
+        self.ignore_index = getattr(criterion, "ignore_index", nothing)
+        rank = distributed.get_rank() if _is_distributed() else 0
+        self.generator = torch.Generator("cpu").manual_seed(seed + 10007 * rank)
+        if getattr(criterion, "reduction", "mean") not in ("mean", "batchmean"):
+            raise ValueError(f"criterion must take the mean, got {criterion!r}")
+        if labels not in (None, *LABELS):
+            raise ValueError(f"labels must be one of {LABELS}, got {labels!r}")
+        if self.family == "other" and labels in ("exact", "sampled"):
+            remedy = "take labels='empirical', CrossEntropyLoss, BCEWithLogitsLoss or MSELoss"
+            raise ValueError(f"criterion {criterion!r} names no distribution: {remedy}")
+        for option in ("weight", "pos_weight", "label_smoothing"):
+            value = getattr(criterion, option, None)
+            if labels and families and (torch.is_tensor(value) or value):
+                remedy = f"take a plain {type(criterion).__name__}() for the Fisher"
+                raise ValueError(f"criterion has {option}={value}: {remedy}, this one for training")
+
+    def directions(self, z, y):
+        """Vectors v like z, one for each pass, with sum_v v v^T = E_y[s s^T] for each example."""
+        wide = _wide(z.detach())
+        counted = (y != self.ignore_index).unsqueeze(1) if self.family == "categorical" else 1
+        for v in self.roots(wide) if self.labels == "exact" else [self.score(wide, y)]:
+            yield (v * counted).to(z.dtype)
+
+    def roots(self, z):
+        """The columns of a root of the covariance of s."""
+        passes = z[0].numel()
+        if self.family == "categorical":
+            passes -= passes // len(z[0])
+        if passes > 1000:
+            text = f"labels='exact' takes {passes} backward passes for each batch, 'sampled' one"
+            warnings.warn(text, stacklevel=2)
+        if self.family != "categorical":  # independent outputs: one direction for each
+            variance = z.sigmoid() * (-z).sigmoid() if self.family == "Bernoulli" else 0 * z + 2
+            for one in torch.eye(passes, device=z.device):
+                yield variance.sqrt() * one.view_as(z[0])
+            return
+        # Draw y in C - 1 independent steps, "c or a later class": one direction for each.
+        p = z.softmax(1).reshape(*z.shape[:2], -1)
+        q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
+        root = (p[:, :-1] * q[:, 1:] / q[:, :-1]).sqrt()
+        for t in range(p.shape[2]):
+            for c in range(p.shape[1] - 1):
+                v = torch.zeros_like(p)
+                v[:, c, t] = root[:, c, t]
+                v[:, c + 1 :, t] = p[:, c + 1 :, t] * (-root[:, c, t] / q[:, c + 1, t])[:, None]
+                yield v.view_as(z)
+
+    def score(self, z, y):
+        """d log p(y | z) / d z"""
+        if self.family == "categorical":
+            return F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1) - z.softmax(1)
+        if self.family == "Bernoulli":
+            return y - z.sigmoid()
+        if self.family == "Gaussian":
+            return 2 * (y - z)
+        z = z.detach().requires_grad_()
+        alone = sum(self.criterion(z[i : i + 1], y[i : i + 1]) for i in range(len(z)))
+        (score,) = torch.autograd.grad(-alone, z)
+        (batch,) = torch.autograd.grad(-self.criterion(z, y), z)
+        if (score - len(z) * batch).abs().max() > 1e-3 * score.abs().max() + 1e-30:
+            remedy = "the Fisher needs a plain mean over examples"
+            raise ValueError(f"criterion {self.criterion!r} mixes or weights examples: {remedy}")
+        return score
+
+    def labelled(self, z, y):
+        """y as it fits the outputs z, checked; drawn from p(y | z) for "sampled"."""
+        y, z = self.fitting(z, y), _wide(z.detach())
+        negative_log = self.criterion is F.nll_loss or type(self.criterion) is nn.NLLLoss
+        if negative_log and (z.logsumexp(1).abs() > 0.01).any():
+            raise ValueError("criterion NLLLoss needs log-probabilities: end with log_softmax")
+        if self.labels != "sampled":
+            return y
+        # by the inverse of the distribution function: the same numbers for every batch size
+        u = torch.rand(y.shape, generator=self.generator, device="cpu").to(z).clamp_min(2**-25)
+        if self.family == "categorical":
+            drawn = (z.softmax(1).cumsum(1) < u.unsqueeze(1)).sum(1).clamp_max(z.shape[1] - 1)
+            return drawn.where(y != self.ignore_index, y)
+        if self.family == "Bernoulli":
+            return (u < z.sigmoid()).to(z)
+        return z + torch.special.ndtri(u) / 2**0.5
+
+    def fitting(self, z, y):
+        """The labels y as the criterion takes them for the outputs z, or an error."""
+        if self.family == "other":
+            return y
+        if self.family == "categorical":
+            soft = y.is_floating_point() and y.shape == z.shape
+            return y if soft and not self.labels else _class_indices(z, y, self.ignore_index)
+        if y.shape != z.shape:
+            got = f"{tuple(y.shape)} for outputs {tuple(z.shape)}"
+            raise ValueError(f"labels y must be targets {tuple(z.shape)}, got {got}")
+        if self.family == "Bernoulli" and y.numel() and not 0 <= y.min() <= y.max() <= 1:
+            raise ValueError(f"labels y must lie in 0..1, got {y.min()}..{y.max()}")
+        return y.to(z.dtype)
+
+    def counted(self, y):
+        """Which examples are not ignored."""
+        return (y != self.ignore_index).reshape(len(y), -1).any(1)
+
+
+@contextlib.contextmanager
+def _recorder(model):
+    """A ``_Recorder`` of the model, in evaluation mode; afterwards all is as it was."""
+    recorder = _Recorder(_unwrap(model))
+    kind = recorder.device.type
+    with (
+        _failing_together(recorder.device),
+        torch.autocast(kind, enabled=False),  # products in float32
+        torch.enable_grad(),
+        _untouched(recorder.net),
+        contextlib.ExitStack() as hooks,
+    ):
+        inside = set()
+        for module in recorder.modules:  # parents first: each owns all that is in it
+            own = any(id(p) in recorder.names for p in module.parameters(recurse=False))
+            own = own and not isinstance(module, torch.jit.ScriptModule)  # it takes no hooks
+            if own and module not in inside:
+                inside.update(module.modules())
+                hook = module.register_forward_hook(recorder.note, prepend=True, with_kwargs=True)
+                hooks.callback(hook.remove)
+        yield recorder
+
+
+class _Recorder:
+    """Runs the caller's own model and takes its batches apart into the gradients of the examples.
+
+    Forward hooks note each call of a module that owns trainable parameters: its inputs, and the
+    place of its outputs in the graph. One backward pass to these places gives g at all of them, and
+    from a call's inputs and g follow the gradients of its parameters, example by example. Some
+    examples are run alone, too, and autograd's own gradient is the judge: where the two differ,
+    the batch goes one example at a time, which is right by definition.
+    """
+
+    def __init__(self, net):
+        self.net, self.params = net, _trainable(net)
+        self.device = next(iter(self.params.values())).device
+        self.names = {id(p): name for name, p in self.params.items()}
+        self.modules = {module: name for name, module in net.named_modules()}
+        self.thread, self.calls = threading.get_ident(), None
+        self.limits, self.turns, self.slow = {}, {}, set()
+        self.random = random.Random(0)
+        kind = self.device.type
+        outside = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.autocast = lambda: torch.autocast(kind, *outside)
+        for module, name in self.modules.items():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+                raise ValueError(f"{name!r} mixes examples: it needs track_running_stats=True")
+
+    def note(self, module, args, kwargs, output):
+        if self.calls is not None and threading.get_ident() == self.thread:
+            found = {i: t for i, t in enumerate(tree_leaves(output)) if _has_gradient(t)}
+            edges = {i: get_gradient_edge(t) for i, t in found.items()}  # before it is changed
+            if found:
+                self.calls.append((module, (args, kwargs), edges, list(found.values())))
+
+    def batches(self, loader):
+        """The loader's batches; small ones are joined, and large ones cut, where memory asks it."""
+        for key, group in itertools.groupby(_batches(loader, self.device), _key):
+            held = None
+            for batch in group:
+                size = len(batch[1])
+                if held and len(held[1]) + size > self.limits[key]:
+                    yield held
+                    held = None
+                start = 0
+                while size - start >= self.limits.get(key, 1):  # 1: to learn how many fit
+                    stop = start + self.limits.get(key, 1)
+                    yield _rows(batch, start, stop)
+                    start = stop
+                if start < size:
+                    held = _joined(held, _rows(batch, start, size))
+            if held:
+                yield held
+
+    def runs(self, x, y, likelihood):
+        """The batch in one run; or, where it cannot be taken apart, each example in its own."""
+        key = _key((x, y))
+        if key not in self.slow:
+            try:
+                yield self.judged(key, x, y, likelihood)
+                return
+            except _Inseparable as reason:
+                if not self.slow:
+                    warnings.warn(f"the Fisher runs one example at a time: {reason}", stacklevel=4)
+                self.slow.add(key)
+        for i in range(len(y)):
+            z = self.outputs(x, y, i)
+            yield _Alone(z, likelihood.labelled(z, y[i : i + 1]), self.params)
+
+    def outputs(self, x, y, i=None):
+        """The outputs of all examples, or of example i alone."""
+        if i is not None:
+            x, y = _rows((x, y), i, i + 1)
+        with self.autocast():
+            return _logits(self.net, x, len(y))
+
+    def judged(self, key, x, y, likelihood):
+        """The run of a batch, if autograd confirms it. Raises _Inseparable if not."""
+        n, turn = len(y), self.turns.get(key, 0)
+        kept, weights = [1], {p.data_ptr() for p in self.net.parameters()}
+
+        def keep(t):
+            if t.layout == torch.strided and t.data_ptr() not in weights:
+                kept.append(t.nbytes)
+            return t
+
+        self.calls, self.turns[key] = [], turn + 1
+        with saved_tensors_hooks(keep, lambda t: t):
+            z = self.outputs(x, y)
+        calls, self.calls = self.calls, None
+        chosen = {0, n - 1, self.random.randrange(n)} if turn < 2 else {self.random.randrange(n)}
+        alone = {i: self.outputs(x, y, i) for i in chosen}
+        noise = _rounding([z, *(t for call in calls for t in call[-1])])
+        self.check_outputs(x, y, z, alone, noise)
+        run = _Batch(self, z, likelihood.labelled(z, y), calls)
+        if not calls:
+            raise _Inseparable("no module uses its parameters in its own forward")
+        size = (sum(kept) + sum(call.held for call in run.calls)) // n
+        self.limits.setdefault(key, max(1, min(TOGETHER[0], TOGETHER[1] // (1 + size))))
+        v = next(likelihood.directions(z, run.y))
+        run.backward(v)
+        if turn < 2 or turn % 5 == 0:
+            for i, z_i in alone.items():
+                self.compare(z_i, v[i : i + 1], run.gradients_of(i), noise)
+        if turn < 2 or turn % 10 == 0 or any(call.numbered for call in run.calls):
+            self.compare(z, v, run.summed(), noise)  # sees what few examples lack, as padding
+        return run
+
+    def check_outputs(self, x, y, z, alone, noise):
+        """Raise unless the outputs are finite and those of an example do not depend on others."""
+        if not z.requires_grad:
+            raise ValueError("model outputs do not depend on any trainable parameter")
+        if z.isnan().any() or (z == math.inf).any():
+            raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
+        size = z.detach().abs().where(z.isfinite(), 0).amax(0)
+        floor = size.flatten().sort().values[size.numel() // 4]  # some may be masked by -1e9
+        for i, z_i in alone.items():
+            if len(z) != len(y) or z[i : i + 1].shape != z_i.shape:
+                got = f"{tuple(z.shape)} for {len(y)} examples, {tuple(z_i.shape)} for one"
+                raise ValueError(f"outputs must have a row for each example, got {got}")
+
+            def differs(other, z_i=z_i):
+                apart = (other - z_i).abs() > noise**0.5 * size + noise * floor
+                return (apart & (other != z_i)).any()
+
+            if differs(z[i : i + 1]):
+                if differs(self.outputs(x, y, i)):
+                    raise ValueError("outputs are random: two passes differ (dropout, noise)")
+                raise ValueError("a batch has other outputs: no example may influence another")
+
+    def compare(self, z, v, found, noise):
+        """Raise unless the gradients found are autograd's own."""
+        wanted = _gradients(z, self.params, v)
+        floor = 10 * noise * max((g.norm() for g in wanted.values()), default=0)
+        for name, p in self.params.items():
+            w = wanted.get(name, torch.zeros_like(p))
+            error = (w - found[name]).norm() if name in found else w.norm()
+            if not error <= 3 * noise**0.5 * w.norm() + floor:
+                raise _Inseparable(f"{name!r} has another gradient: used outside of its module?")
+
+
+class _Inseparable(Exception):  # noqa: N818
+    """A batch that cannot be taken apart into the gradients of its examples."""
+
+
+class _Alone:
+    """The run of one example: autograd's own gradients."""
+
+    linear = ()
+
+    def __init__(self, z, y, params):
+        self.z, self.y, self.params = z, y, params
+
+    def backward(self, v):
+        self.found = _gradients(self.z, self.params, v)
+
+    def example_gradients(self):
+        return ((name, g.unsqueeze(0)) for name, g in self.found.items())
+
+
+class _Batch:
+    """The run of a batch: the calls of its modules."""
+
+    def __init__(self, recorder, z, y, calls):
+        self.z, self.y, self.v, self.calls = z, y, None, []
+        for module, *call in calls:
+            kind = _ProductCall if _is_product(module) else _Call
+            self.calls.append(kind(recorder, len(y), module, *call))
+        names = [name for call in self.calls for name in call.names.values()]
+        alone = [c for c in self.calls if all(names.count(k) == 1 for k in c.names.values())]
+        self.linear = [call for call in alone if call.single]
+        self.groups = [[call] for call in alone if not call.single]
+        self.groups.append([call for call in self.calls if call not in alone])
+        for layer in self.linear:
+            layer.g_squared = layer.a.new_zeros(len(y), layer.width)
+
+    def backward(self, v):
+        """g = J^T v at the outputs of every call."""
+        if self.v is None or not torch.equal(v, self.v):
+            self.v, edges = v, [edge for call in self.calls for edge in call.edges]
+            found = torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True)
+            for call in self.calls:
+                call.receive(found[: len(call.edges)])
+                found = found[len(call.edges) :]
+
+    def example_gradients(self):
+        """(name, gradients of some examples), for all calls but the linear ones."""
+        for calls in self.groups:
+            numbers = sum(p.numel() for call in calls for p in call.params.values())
+            size = max(1, PRODUCTS // (1 + numbers))
+            for start in range(0, len(self.y) if calls else 0, size):
+                yield from self.added(calls, slice(start, start + size)).items()
+
+    def added(self, calls, rows):
+        """{name: the gradients of the examples in these rows}: those of all calls add up."""
+        sums = {}
+        for call in calls:
+            for name, g in call.gradients(rows):
+                _add(sums, name, g)
+        return sums
+
+    def gradients_of(self, i):
+        return {name: g[0] for name, g in self.added(self.calls, slice(i, i + 1)).items()}
+
+    def summed(self):
+        sums = {}
+        for layer in self.linear:
+            product = layer.g.T @ layer.a
+            sums |= {layer.weight: product.view_as(layer.module.weight), layer.bias: layer.g.sum(0)}
+        for name, g in self.example_gradients():
+            _add(sums, name, g.sum(0))
+        return sums
+
+
+class _Call:
+    """A call of any module: vmap gives every example its own copy of the module's parameters."""
+
+    single = False  # whether the gradient of an example is one product g a^T
+
+    def __init__(self, recorder, n, module, inputs, edges, outputs):
+        self.n, self.module, self.name = n, module, recorder.modules[module]
+        self.title = f"{self.name!r} ({type(module).__name__})"
+        self.params = {k: p for k, p in module.named_parameters() if id(p) in recorder.names}
+        self.names = {k: recorder.names[id(p)] for k, p in self.params.items()}
+        self.places, self.edges = zip(*edges.items())
+        self.rows = len(outputs[0]) if outputs[0].dim() else 0
+        tensors = [t for t in tree_leaves(inputs) if torch.is_tensor(t)]
+        numbered = any(not t.is_floating_point() for t in tensors)
+        self.numbered = numbered and type(module) is not nn.Embedding
+        self.prepare(recorder, inputs)
+
+    def split(self, t):
+        """(rows, ...) as (examples, rows of each, ...)"""
+        if t.dim() == 0 or len(t) != self.rows or self.rows % self.n:
+            raise _Inseparable(f"{self.title} sees {tuple(t.shape)} for {self.n} examples")
+        return t.detach().unflatten(0, (self.n, -1))
+
+    def prepare(self, recorder, inputs):
+        """Run the module once more, with a copy of its parameters for each example."""
+
+        def alone(copies, inputs):
+            leaves = tree_leaves(functional_call(self.module, copies, *inputs))
+            return [leaves[i] for i in self.places]
+
+        def has_rows(t):
+            return torch.is_tensor(t) and t.dim() > 0 and len(t) == self.rows
+
+        copies = {k: p.detach().expand(self.n, *p.shape) for k, p in self.params.items()}
+        self.copies = {k: p.requires_grad_() for k, p in copies.items()}
+        self.held = 4 * sum(p.numel() for p in copies.values())
+        try:
+            dims = tree_map(lambda t: 0 if has_rows(t) else None, inputs)
+            inputs = tree_map(lambda t: self.split(t) if has_rows(t) else t, inputs)
+            with recorder.autocast():
+                self.outputs = vmap(alone, in_dims=(0, dims))(self.copies, inputs)
+        except Exception as error:  # of many kinds: what vmap cannot do
+            raise _Inseparable(f"vmap cannot run {self.title}: {error}") from error
+
+    def receive(self, g):
+        pairs = [(z, self.split(t).to(z.dtype)) for z, t in zip(self.outputs, g) if t is not None]
+        z, v = zip(*pairs) if pairs else ((), ())
+        try:
+            self.found = _gradients(z, self.copies, v)
+        except RuntimeError as error:  # sparse gradients
+            raise _Inseparable(f"vmap cannot run {self.title}: {error}") from error
+        if type(self.module) is nn.Embedding and self.module.padding_idx is not None:
+            for g in self.found.values():
+                g[:, self.module.padding_idx] = 0  # vmap does not know of it
+
+    def gradients(self, rows):
+        """(name, gradients) of the examples in these rows."""
+        return ((self.names[k], g[rows]) for k, g in self.found.items())
+
+
+def _is_product(module):
+    """Whether the module is a linear layer or a convolution, just as torch defines them."""
+    if "forward" in vars(module) or "weight" not in module._parameters:
+        return False  # patched, or its weight is computed
+    if type(module) is nn.Conv2d:
+        ordinary = module.groups == 1 and module.padding_mode == "zeros"
+        return ordinary and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+class _ProductCall(_Call):
+    """nn.Linear, nn.Conv2d: an example's gradient is g^T a, with a row of each for every position.
+
+    The rows of ``a`` are the inputs of the layer, or the patches of the image under the outputs.
+    """
+
+    def prepare(self, recorder, inputs):
+        (a,) = (self.split(t) for t in tree_leaves(inputs) if torch.is_tensor(t))
+        self.weight, self.bias = self.names.get("weight"), self.names.get("bias")
+        self.width, self.held = len(self.module.weight), 0
+        self.conv = self.module if type(self.module) is nn.Conv2d else None
+        if self.conv:
+            if a.dim() != 5:
+                raise _Inseparable(f"{self.title} sees one image at a time")
+            how = self.conv.kernel_size, self.conv.dilation, self.conv.padding, self.conv.stride
+            a = F.unfold(a.flatten(0, 1), *how).mT
+            self.held = a.nbytes
+        self.a = _wide(a).reshape(self.n, -1, a.shape[-1])
+        self.single = self.a.shape[1] == 1
+        if self.single:
+            self.a = self.a[:, 0]
+
+    def receive(self, g):
+        (g,) = g
+        shape = (*self.a.shape[:-1], self.width)
+        if g is None:  # an output that is not used
+            self.g = self.a.new_zeros(shape)
+        else:
+            self.g = _wide(g.flatten(2).mT if self.conv else g).reshape(shape)
+
+    def gradients(self, rows):
+        a, g = (t[rows].reshape(len(t[rows]), -1, t.shape[-1]) for t in (self.a, self.g))
+        if self.weight:
+            yield self.weight, (g.mT @ a).view(len(g), *self.module.weight.shape)
+        if self.bias:
+            yield self.bias, g.sum(1)
+
+
+# -------- small parts of the sections above
+
+
+def _unwrap(model):
+    """The module inside torch.compile, DataParallel and DistributedDataParallel."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return _unwrap(model.module)
+    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
+
+
+def _trainable(model):
+    """{name: parameter}, with the names of the unwrapped model."""
+    params = {name: p for name, p in _unwrap(model).named_parameters() if p.requires_grad}
+    if not params or any(p.is_complex() for p in params.values()):
+        raise ValueError(f"model needs real parameters that require gradients, got {[*params]}")
+    sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if sharded or any(hasattr(p, "device_mesh") for p in params.values()):
+        raise TypeError("model is sharded (FullyShardedDataParallel): gather it on one device")
+    return params
+
+
+def _logits(model, x, n):
+    """The outputs of the model for the n examples x: a tensor (n, ...)."""
+    if isinstance(x, Mapping):
+        output = model(**x)
+    else:
+        output = model(*x) if isinstance(x, (tuple, list)) else model(x)
+    z = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(z, (tuple, list)):
+        tensors = [t for t in z if torch.is_tensor(t)]
+        z = tensors[0] if len(tensors) == 1 else z
+    if not torch.is_tensor(z):
+        got = tree_map(lambda t: tuple(t.shape) if torch.is_tensor(t) else t, output)
+        raise TypeError(f"model must return a tensor, or something with 'logits', got {got!r}")
+    # squeeze() at the end of forward drops the batch dimension of a single example.
+    return z[None] if n == 1 and (z.dim() == 0 or len(z) != 1) else z
+
+
+def _class_indices(z, y, ignore_index=-100):
+    """y as class indices for the outputs z (n, C, ...), or an error."""
+    wanted = z.shape[:1] + z.shape[2:]
+    if y.shape != wanted or y.is_floating_point() or z.dim() < 2 or z.shape[1] < 2:
+        rule = f"class indices, of two classes or more, {tuple(wanted)}"
+        got = f"{y.dtype} {tuple(y.shape)} for outputs {tuple(z.shape)}"
+        raise ValueError(f"labels y must be {rule}, got {got}")
+    y = y.long()
+    wrong = ((y < 0) | (y >= z.shape[1])) & (y != ignore_index)
+    if wrong.any():
+        raise ValueError(f"labels y must lie in 0..{z.shape[1] - 1}, got {y[wrong][0]}")
+    return y
+
+
+def _batches(loader, device):
+    """The batches of a loader as (inputs, targets), checked, on the device."""
+
+    def place(t):
+        t = t.to(device) if torch.is_tensor(t) else t
+        return t.clone() if torch.is_tensor(t) and t.is_inference() else t
+
+    for batch in loader:
+        x, y = batch, None
+        if isinstance(batch, Mapping) and "labels" in batch:
+            x = {name: t for name, t in batch.items() if name != "labels"}
+            y = batch["labels"]
+        elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+            x, y = batch
+        x = dict(x) if isinstance(x, Mapping) else x
+        first = tree_leaves(x)[0] if isinstance(x, (tuple, list, dict)) and x else x
+        shapes = [tuple(t.shape) if torch.is_tensor(t) else "" for t in (first, y)]
+        if not all(shapes) or shapes[0][0] != shapes[1][0]:
+            rule = "tensors (x, y), examples first, or ((x1, x2), y), or a dict with 'labels'"
+            got = [shape or type(t).__name__ for t, shape in zip((x, y), shapes)]
+            raise TypeError(f"a loader must yield {rule}; got {got}")
+        if len(y):
+            yield tree_map(place, x), place(y)
+
+
+def _rows(batch, start, stop):
+    """Examples start to stop of a batch (x, y)."""
+    n = len(batch[1])
+
+    def cut(t):
+        return t[start:stop] if torch.is_tensor(t) and t.dim() and len(t) == n else t
+
+    return tree_map(cut, batch)
+
+
+def _joined(held, batch):
+    """One batch of two, copied: the loader may fill its memory again."""
+    if held is None:
+        return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, batch)
+
+    def join(a, b):
+        return torch.cat([a, b]) if torch.is_tensor(b) and len(b) == len(batch[1]) else b
+
+    return tree_map(join, held, batch)
+
+
+def _key(x):
+    """What batches of one kind have in common: shapes but for the examples, and types."""
+    return tuple((t.shape[1:], t.dtype) if torch.is_tensor(t) else str(t) for t in tree_leaves(x))
+
+
+@contextlib.contextmanager
+def _modes_restored(model):
+    """Afterwards every module is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])  # a module's own train() may do more than set the flag
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _untouched(net):
+    """Evaluation mode, by the flags alone. Afterwards flags, attributes, buffers are as before."""
+    modules = list(net.modules())
+    spaces = [s for m in modules for s in (vars(m), vars(m).get("_buffers")) if isinstance(s, dict)]
+    before = [(module.training, module) for module in modules], [(s, dict(s)) for s in spaces]
+    limited = [module.weight for module in modules if getattr(module, "max_norm", None)]
+    values = [(t, t._version, t.detach().clone()) for t in (*net.buffers(), *limited)]
+    try:
+        for module in modules:
+            module.training = False
+            if isinstance(module, nn.RNNBase) and module.weight_ih_l0.is_cuda:
+                module.training, module.dropout = True, 0.0  # cuDNN has no other backward pass
+        yield
+    finally:
+        for training, module in before[0]:
+            module.training = training
+        for space, content in before[1]:
+            space.update(content)
+        with torch.no_grad():
+            for t, version, value in values:
+                if t._version != version:
+                    t.copy_(value)
+
+
+def _rounding(tensors):
+    """The relative rounding error of the narrowest arithmetic in use."""
+    noise = max(torch.finfo(t.dtype).eps for t in tensors if _has_gradient(t))
+    if torch.get_float32_matmul_precision() != "highest":
+        noise = max(noise, torch.finfo(torch.bfloat16).eps)
+    return max(noise, 2**-11) if tensors[0].is_cuda and noise > 1e-12 else noise  # TF32
+
+
+def _gradients(z, inputs, v):
+    """{name: J^T v}, in float32 or wider, for the inputs that z depends on."""
+    z, v = (t if isinstance(t, tuple) else (t,) for t in (z, v))
+    if not z or not all(map(_has_gradient, z)):
+        return {}
+    found = torch.autograd.grad(z, [*inputs.values()], v, retain_graph=True, allow_unused=True)
+    return {name: _wide(g.to_dense()) for name, g in zip(inputs, found) if g is not None}
+
+
+def _has_gradient(t):
+    return torch.is_tensor(t) and t.requires_grad
+
+
+def _wide(t):
+    """t in float32, or in its own type where that is wider."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _add(sums, name, t):
+    sums[name] = sums[name] + t if name in sums else t
+
+
+def _is_distributed():
+    return distributed.is_available() and distributed.is_initialized()
+
+
+@contextlib.contextmanager
+def _failing_together(device):
+    """An error in one process of torch.distributed is an error in all."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if _is_distributed():
+        failures = torch.tensor(int(failure is not None), device=device)
+        distributed.all_reduce(failures)
+        if failures and failure is None:
+            failure = RuntimeError("the Fisher failed in another process")
+    if failure is not None:
+        raise failure
+
+
+def _divided(sums, count):
+    """sums / count, over all processes of torch.distributed."""
+    if _is_distributed():
+        total = torch.tensor(count, device=next(iter(sums.values())).device)
+        for t in (total, *sums.values()):
+            distributed.all_reduce(t)
+        count = total.item()
+    if not count:
+        raise ValueError("data_loader gave 0 examples: it is empty, used up or ignored")
+    for name, total in sums.items():
+        if not total.div_(count).isfinite().all():
+            raise FloatingPointError(f"Fisher of {name!r} is not finite: clean y, scale x down")
+    return sums

@@ -10,19 +10,26 @@ covariances, or the independence of positions. Below it: tools that several test
 import contextlib
 import copy
 import itertools
+from collections import UserDict
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import ewc_utils
+
 CE, BCE, MSE = nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()
 CRITERIA = {"categorical": CE, "Bernoulli": BCE, "Gaussian": MSE}
 
 
-def fisher(model, batches, labels="exact", family="categorical", ignore_index=-100):
-    """{name: float64 tensor}. labels: "exact" or "empirical"; the Gaussian has variance 1/2."""
-    model = copy.deepcopy(model).double().eval()
+def fisher(model, batches, labels="exact", family="categorical", ignore_index=-100, copied=True):
+    """{name: float64 tensor}. labels: "exact" or "empirical"; the Gaussian has variance 1/2.
+
+    A copy runs, so that the model stays as it is. copied=False runs a float64 model itself: a copy
+    of a hook or of a closure still calls the modules of the original.
+    """
+    model = (copy.deepcopy(model).double() if copied else model).eval()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     totals, count = {name: torch.zeros_like(p) for name, p in params.items()}, 0
     for x, y in ((x, y) for batch in batches for x, y in zip(*batch)):
@@ -101,6 +108,44 @@ class Net(nn.Module):
         return self.rule(self, x)
 
 
+class TwoInputs(nn.Module):
+    """It takes (n, 3) and (n, 2), by position or by name, or both side by side in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(2, 3)
+
+    def forward(self, first, second=None):
+        first, second = first.split([3, 2], 1) if second is None else (first, second)
+        return self.a(first) + self.b(second).sin()
+
+
+FORMS = {  # of a batch for it
+    "a tuple": lambda a, b, y: ((a, b), y),
+    "lists": lambda a, b, y: [[a, b], y],
+    "a dictionary": lambda a, b, y: ({"second": b, "first": a}, y),
+    "a dictionary with labels": lambda a, b, y: {"first": a, "labels": y, "second": b},
+    "another mapping": lambda a, b, y: UserDict(first=a, second=b, labels=y),
+}
+
+
+def in_form(form, x, y, size):
+    """[batches of this size], with the columns of x as two inputs."""
+    return [FORMS[form](*a.split([3, 2], 1), b) for a, b in zip(x.split(size), y.split(size))]
+
+
+def all_that_runs(model, batches, criterion=CE):
+    """{name: a function that runs the model on the batches}"""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    how = criterion, torch.optim.SGD(trained, lr=0.1), *random_penalty(model), 1.0
+    return {
+        "Fisher": lambda: ewc_utils.compute_fisher_information(model, batches, criterion),
+        "Kronecker": lambda: ewc_utils.compute_kronecker_fisher(model, batches, criterion),
+        "accuracy": lambda: ewc_utils.accuracy(model, batches),
+        "training": lambda: ewc_utils.train_with_ewc(model, batches, *how),
+    }
+
+
 def draw(*shape, seed=0):
     """Standard normal numbers in float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -110,8 +155,9 @@ def random_penalty(model):
     """A random Fisher and an anchor away from the weights, both of the weights' types."""
     generator, fisher, anchor = torch.Generator().manual_seed(1), {}, {}
     for name, p in model.named_parameters():
-        a, b = torch.rand(2, *p.shape, generator=generator).to(p.dtype)
-        fisher[name], anchor[name] = a, p.detach() + b - 0.5
+        if p.requires_grad:
+            a, b = torch.rand(2, *p.shape, generator=generator).to(p.dtype)
+            fisher[name], anchor[name] = a, p.detach() + b - 0.5
     return fisher, anchor
 
 
@@ -130,6 +176,6 @@ def same_bits(found, wanted):
 def refused(kind, *words):
     """The block raises an error of this kind, whose text names all the words."""
     with pytest.raises(kind) as raised:
-        yield
+        yield raised
     missing = [word for word in words if word.lower() not in str(raised.value).lower()]
     assert not missing, f"{missing} not in: {raised.value}"

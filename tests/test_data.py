@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import itertools
 import os
 import socket
 import struct
@@ -19,7 +20,7 @@ import ewc_utils
 from ewc_utils import SAMPLE, TensorLoader, load_tasks
 
 NAMES = ("FashionMNIST", "MNIST")
-PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+PARTS = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
 FILES = [f"{part}-ubyte" for part in PARTS]
 
 
@@ -50,26 +51,22 @@ def use_mirror(monkeypatch, port):
         monkeypatch.setattr(getattr(datasets, name), "mirrors", [address])
 
 
-def raw_files(first_pixel, n_train=20, n_test=10):
-    """The four files of a tiny data set, as bytes; its first pixel tells it from another one."""
-    files = []
-    for n in (n_train, n_test):
-        images = bytes([first_pixel]) + bytes(784 * n - 1)
-        files.append(struct.pack(">iiii", 2051, n, 28, 28) + images)
-        files.append(labels(*(i % 10 for i in range(n))))
-    return dict(zip(FILES, files))
-
-
 def labels(*values):
     return struct.pack(">ii", 2049, len(values)) + bytes(values)
 
 
+def raw_files(first_pixel, n_train=20, n_test=10):
+    """The four files of a tiny data set, as bytes; its first pixel tells it from another one."""
+    for part, n in (FILES[:2], n_train), (FILES[2:], n_test):
+        images = struct.pack(">iiiiB", 2051, n, 28, 28, first_pixel) + bytes(784 * n - 1)
+        yield from zip(part, (images, labels(*(i % 10 for i in range(n)))))
+
+
 def write_sets(root, first_pixel=1, names=NAMES, **sizes):
-    for name in names:
-        folder = Path(root) / name / "raw"
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in raw_files(first_pixel, **sizes).items():
-            (folder / file).write_bytes(content)
+    for name, (file, content) in itertools.product(names, raw_files(first_pixel, **sizes)):
+        path = Path(root) / name / "raw" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def first_pixels(tasks):
@@ -101,7 +98,7 @@ def mirror(monkeypatch, reply, close=True):
 
 def working_mirror(monkeypatch):
     """It serves tiny data sets as the real ones do: gzipped, with known md5 sums."""
-    archives = {f"{file}.gz": gzip.compress(b, mtime=0) for file, b in raw_files(7).items()}
+    archives = {f"{file}.gz": gzip.compress(b, mtime=0) for file, b in raw_files(7)}
     sums = [(file, hashlib.md5(content).hexdigest()) for file, content in archives.items()]
     for name in NAMES:
         monkeypatch.setattr(getattr(datasets, name), "resources", sums)
@@ -132,22 +129,18 @@ def test_each_source_wins_over_those_after_it(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_the_network_is_asked_once_for_what_is_asked_for(monkeypatch, capsys):
+def test_the_network_is_asked_once_and_the_files_tell_the_source(monkeypatch, tmp_path, capsys):
     with working_mirror(monkeypatch):
         assert first_pixels(load_tasks("MNIST")) == [7] and os.listdir("data") == ["MNIST"]
         assert first_pixels(load_tasks(*NAMES)) == [7, 7]
-    assert first_pixels(load_tasks(*NAMES)) == [7, 7]  # the host is gone
+    tasks = load_tasks(*NAMES)  # the host is gone
     out, err = capsys.readouterr()
     assert [line.split()[1] for line in out.splitlines()] == ["MNIST", "FashionMNIST"] and not err
-
-
-def test_the_source_is_told_by_what_the_files_hold(monkeypatch, tmp_path):
+    assert first_pixels(tasks) == [7, 7]
+    assert not {task.source for task in tasks} & {"full data", "bundled sample"}
     write_sets(tmp_path, names=["MNIST"], n_train=60_000, n_test=10_000)
     assert load_tasks("MNIST", root=tmp_path)[0].source == "full data"
-    write_sets(tmp_path, names=["MNIST"])
-    assert load_tasks("MNIST", root=tmp_path)[0].source not in ("full data", "bundled sample")
-    monkeypatch.setenv("EWC_DATA", str(SAMPLE))
-    assert load_tasks("MNIST")[0].source == "bundled sample"
+    assert load_tasks("MNIST", root=SAMPLE)[0].source == "bundled sample"
 
 
 @pytest.mark.parametrize("found", ["nothing", "one of two tasks", "a file named data"])
@@ -160,9 +153,7 @@ def test_without_a_network_all_tasks_are_the_sample_and_that_is_announced(found,
 
 
 REPLIES = {
-    "no HTTP": b"this is no HTTP\r\n\r\n",
     "a log-in page": b"HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n<html>Log in!</html>\r\n",
-    "not found": b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
     "silent": b"",
     "silent within a file": b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\nx",
 }
@@ -210,12 +201,32 @@ def test_a_bad_file_is_an_error_or_leads_to_the_sample(case, monkeypatch, capsys
         (folder / file).write_bytes(content)
     monkeypatch.setenv("EWC_DATA", "data")
     for how in ({}, {"root": "data"}):
-        with refused(ValueError, str(folder), "delete"):
+        with refused(ValueError, str(folder), "delete" if content else file):
             load_tasks(*NAMES, **how)
     monkeypatch.delenv("EWC_DATA")
     tasks, printed = load_tasks(*NAMES), capsys.readouterr()
     assert_sample_was_announced(tasks, printed)
-    assert str(folder) in printed.out and "delete" in printed.out
+    assert str(folder) in printed.out
+
+
+WRONG = {  # EWC_DATA, and what must be told; the sets are in "sets", and zipped in "zipped"
+    "another folder": ("elsewhere", ("elsewhere", FILES[0])),
+    "a folder too deep": ("sets/MNIST/raw", ("sets/MNIST/raw", FILES[0])),
+    "quotes": ('"sets"', ('"sets"', FILES[0])),
+    "zipped files": ("zipped", ("zipped", FILES[0], ".gz")),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_files_that_are_not_there_are_told_with_the_place_where_they_should_be(monkeypatch, wrong):
+    given, words = WRONG[wrong]
+    write_sets("sets"), write_sets("zipped")
+    for path in Path("zipped").glob("*/raw/*"):
+        path.rename(path.with_name(f"{path.name}.gz"))
+    monkeypatch.setenv("EWC_DATA", given)
+    with refused(ValueError, "MNIST", *words) as raised:
+        load_tasks("MNIST")
+    assert "download=True" not in str(raised.value) and "damaged" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name, first", zip(NAMES, ("T-shirt/top", "0")))
@@ -224,15 +235,13 @@ def test_torchvision_reads_the_sample_which_is_balanced_and_mixed_without_repeat
     assert task.name == name and len(task.classes) == 10 and task.classes[0] == first
     for train, x, y in ((True, task.train_x, task.train_y), (False, task.test_x, task.test_y)):
         data = getattr(datasets, name)(SAMPLE, train=train, download=False)
-        assert x.dtype == torch.uint8 and y.dtype == torch.int64
-        assert x.shape == (len(data), 1, 28, 28) and y.shape == (len(data),)
+        assert (x.dtype, y.dtype, x.shape) == (torch.uint8, torch.int64, (len(data), 1, 28, 28))
         for image, label, i in ((*data[i], i) for i in (0, 17, len(data) - 1)):
             assert label == y[i] and torch.equal(torch.from_numpy(np.array(image)), x[i, 0])
         assert y.bincount(minlength=10).tolist() == [500 if train else 100] * 10
         # Mixed, 100 labels in a row lack a class with probability 3e-5; sorted, they lack nine.
         assert all(len(some.unique()) == 10 for some in y.split(100))
-    images = torch.cat([task.train_x, task.test_x])
-    assert len({image.numpy().tobytes() for image in images}) == 6000
+    assert len({x.numpy().tobytes() for x in torch.cat([task.train_x, task.test_x])}) == 6000
 
 
 X = torch.arange(103)
@@ -253,12 +262,22 @@ def test_every_epoch_is_a_complete_new_permutation_repeated_by_the_seed():
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_labels_stay_with_their_examples_and_the_last_batch_may_be_short(shuffle):
-    for x in (X, X.numpy()):
-        for batch_size, sizes in ((50, [50, 50, 3]), (103, [103]), (200, [103])):
-            loader = TensorLoader(x, x + 1000, batch_size, shuffle=shuffle)
-            assert [len(a) for a, _ in loader] == sizes and len(loader) == len(sizes)
-            assert all(torch.equal(a + 1000, b) for a, b in loader)
-            assert shuffle or epoch(loader) == X.tolist()
+    for batch_size, sizes in ((50, [50, 50, 3]), (103, [103]), (200, [103])):
+        loader = TensorLoader(X.numpy(), X + 1000, batch_size, shuffle=shuffle)
+        assert [len(a) for a, _ in loader] == sizes and len(loader) == len(sizes)
+        assert all(torch.equal(a + 1000, b) for a, b in loader)
+        assert shuffle or epoch(loader) == X.tolist()
+
+
+def test_data_stay_where_they_are_whatever_the_default_device_is():
+    torch.set_default_device("meta")
+    try:
+        loaders = [TensorLoader(x, X, 10, shuffle=s) for x in (X, X.numpy()) for s in (True, False)]
+        orders = [epoch(loader) for loader in loaders]
+        assert load_tasks("MNIST", root=SAMPLE)[0].test_x.device == X.device
+    finally:
+        torch.set_default_device(None)
+    assert orders[:2] == orders[2:] and [sorted(order) for order in orders] == [X.tolist()] * 4
 
 
 def test_unknown_names_and_what_cannot_be_cut_into_batches_are_refused():

@@ -7,10 +7,10 @@ import math
 import pytest
 import reference
 import torch
-from reference import CE, Net, assert_close, same_bits
+from reference import CE, Net, assert_close, refused, same_bits
 from torch import distributed, multiprocessing, nn
 
-from ewc_utils import compute_fisher_information, compute_kronecker_fisher
+from ewc_utils import compute_fisher_information, compute_kronecker_fisher, take_anchor
 
 SHARES = {"even": (6, 6), "uneven": (9, 3), "one is empty": (12, 0)}  # of twelve examples
 BOTH = {"diagonal": compute_fisher_information, "Kronecker": compute_kronecker_fisher}
@@ -18,7 +18,7 @@ BOTH = {"diagonal": compute_fisher_information, "Kronecker": compute_kronecker_f
 
 def setting():
     torch.manual_seed(0)
-    forward = lambda net, x: (net.out(net.body(x).tanh() * net.scale), None)  # noqa: E731
+    forward = lambda net, x: {"logits": net.out(net.body(x).tanh() * net.scale)}  # noqa: E731
     parts = {"body": nn.Linear(5, 4), "scale": nn.Parameter(torch.ones(4)), "out": nn.Linear(4, 3)}
     return Net(forward, **parts), torch.randn(12, 5), torch.randint(3, (12,))
 
@@ -64,7 +64,8 @@ def test_two_processes_give_the_result_of_one(results, share):
     """With the plain names, and equal bits in both processes."""
     model, x, y = setting()
     for labels in ("exact", "empirical"):
-        truth = reference.fisher(Net(lambda net, x: net.model(x)[0], model=model), [(x, y)], labels)
+        logits = Net(lambda net, x: net.model(x)["logits"], model=model)
+        truth = reference.fisher(logits, [(x, y)], labels)
         for kind in ("bare", "wrapped"):
             one, other = (found[share, labels, kind] for found in results)
             assert same_bits(one, other)
@@ -89,3 +90,15 @@ def test_an_error_in_one_process_is_one_in_all(results, name):
         assert "ValueError" in failed[name, what] and "finite" in failed[name, what]
     for found in results:
         assert "ValueError" in found[name, "no data"] and "0 examples" in found[name, "no data"]
+
+
+def test_fully_sharded_models_are_refused_by_name():
+    """Their parameters are shards; a stand-in that has the name is enough to see it."""
+    forward = {"forward": lambda self, x: self.module(x)}
+    sharded = type("FullyShardedDataParallel", (nn.Module,), forward)()
+    sharded.module, batch = nn.Linear(5, 3), (torch.randn(6, 5), torch.arange(6) % 3)
+    for model in (sharded, nn.Sequential(sharded)):
+        runs = reference.all_that_runs(model, [batch])
+        for run in (runs["Fisher"], runs["Kronecker"], lambda m=model: take_anchor(m)):
+            with refused((TypeError, ValueError), "FullyShardedDataParallel"):
+                run()

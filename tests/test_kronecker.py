@@ -2,10 +2,11 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
-from reference import CE, MSE, Net, assert_close, draw, refused, same_bits
+from reference import CE, Net, assert_close, draw, refused, same_bits
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +14,7 @@ import ewc_utils as ewc
 from ewc_utils import SimpleMLP, compute_kronecker_fisher, take_anchor, train_with_ewc
 
 SGD = torch.optim.SGD
+AUTOCAST = torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def network(*hidden):
@@ -64,19 +66,6 @@ def test_one_example_gives_the_full_fisher_block_exactly():
         torch.testing.assert_close(kron(pair).diag(), wanted, rtol=1e-9, atol=1e-12)
 
 
-def test_a_linear_layer_with_a_gaussian_output_is_exact_for_any_data():
-    """Its output gradients do not depend on the input: F is the Hessian of the squared error."""
-    model, x, y = nn.Linear(4, 2).double(), draw(20, 4), draw(20, 2, seed=1)
-    (found,) = compute_kronecker_fisher(model, [(x, y)], MSE).values()
-
-    def summed_error(theta):  # log-likelihood of an example: the sum over its outputs
-        matrix = theta.view(2, 5)
-        return ((x @ matrix[:, :4].T + matrix[:, 4] - y) ** 2).sum() / len(x)
-
-    hessian = torch.autograd.functional.hessian(summed_error, torch.zeros(10, dtype=x.dtype))
-    torch.testing.assert_close(kron(found), hessian, rtol=1e-9, atol=1e-12)
-
-
 def test_the_factors_are_the_mean_products_of_the_definition():
     """Whatever the batch size, and without the examples that are ignored."""
     model, (x, y) = network(), some(30)
@@ -89,25 +78,22 @@ def test_the_factors_are_the_mean_products_of_the_definition():
         found = compute_kronecker_fisher(model, list(zip(x.split(size), y.split(size))), CE)
         torch.testing.assert_close(found["layers.1"][0], a.T @ a / 30)
         torch.testing.assert_close(found["layers.3"], (b.T @ b / 30, covariance_of_scores))
-    narrow = compute_kronecker_fisher(model.bfloat16(), [(x.bfloat16(), y)], CE)["layers.3"]
-    wanted = tuple(f.float() for f in found["layers.3"])  # sums are float32 or wider
-    torch.testing.assert_close(narrow, wanted, rtol=0.1, atol=0.1 * wanted[0].max().item())
+    wanted = tuple(f.float() for f in found["layers.3"])
+    with AUTOCAST:
+        mixed = compute_kronecker_fisher(model.float(), [(x.float(), y)], CE)["layers.3"]
+    torch.testing.assert_close(mixed, wanted, rtol=0.1, atol=0.1 * wanted[0].max().item())
 
 
 def test_sampled_labels_approach_the_exact_factors_and_repeat_by_seed():
     """Without a trace in the model and in the random state, under inference_mode too."""
     model, (x, y) = network(), some(10)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    batch = x.repeat(2000, 1), y.repeat(2000)
-    exact = compute_kronecker_fisher(model, [batch], CE)
+    fisher = partial(compute_kronecker_fisher, model, [(x.repeat(2000, 1), y.repeat(2000))], CE)
     with torch.inference_mode():
-        sampled, again, other = (
-            compute_kronecker_fisher(model, [batch], CE, labels="sampled", seed=s)
-            for s in (1, 1, 2)
-        )
+        sampled, again, other = (fisher(labels="sampled", seed=seed) for seed in (1, 1, 2))
     assert same_bits(model.state_dict(), state) and torch.equal(torch.get_rng_state(), random)
     assert model.training and all(p.grad is None for p in model.parameters())
-    for layer, (a, g) in exact.items():
+    for layer, (a, g) in fisher().items():
         assert all(map(torch.equal, sampled[layer], again[layer]))
         assert not torch.equal(sampled[layer][1], other[layer][1])
         torch.testing.assert_close(sampled[layer][0], a)
@@ -126,6 +112,16 @@ def test_without_a_trainable_bias_there_is_no_bias_column():
     train_with_ewc(model, [some(9)] * 3, CE, *args, penalty="implicit")
     assert torch.equal(model[0].bias, fixed)
     assert_close(take_anchor(model), anchor, rtol=0, atol=1e-3)
+
+
+def test_sums_are_float32_or_wider():
+    """Gradients of 1e-4 have products of 1e-8, where float16 has no number but 0."""
+    torch.manual_seed(0)
+    model, (x, y) = Net(lambda net, x: 1e-4 * net.a(x), a=nn.Linear(4, 3)).half(), some(6)
+    narrow = compute_kronecker_fisher(model, [(x.half(), y)], CE)["a"]
+    wide = compute_kronecker_fisher(model.double(), [(x.half().double(), y)], CE)["a"]
+    for f, wanted in zip(narrow, wide):
+        assert (f - wanted).norm() < 0.01 * wanted.norm() and f.dtype == torch.float32
 
 
 def task_b(model):
@@ -155,9 +151,13 @@ def solved(layer, pair, moved, anchor, rate):
     return fixed + torch.linalg.solve(matrix, flat(layer, moved) - fixed)
 
 
-def test_penalty_gradients_and_explicit_step_are_those_of_the_dense_product():
+def test_penalty_gradients_and_explicit_step_are_those_of_the_dense_product(monkeypatch):
+    """The energy tr(G D A D^T) needs no eigenvectors, which would cost more than all the rest."""
     model = network()
     factors, anchor, batches = task_b(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", None)
+        ewc.ewc_loss(model, factors, anchor, 0.5)
     losses = [penalty(model, factors, anchor, 0.5) for penalty in (ewc.ewc_loss, dense_penalty)]
     torch.testing.assert_close(*losses)
     by_loss, wanted = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
@@ -168,6 +168,27 @@ def test_penalty_gradients_and_explicit_step_are_those_of_the_dense_product():
     train_with_ewc(model, batches, CE, SGD(model.parameters(), lr=1e-3), factors, anchor, 0.5)
     for p, free, g in zip(model.parameters(), moved.parameters(), wanted):
         torch.testing.assert_close(p, free - 1e-3 * g)
+
+
+def test_in_mixed_precision_displacements_are_taken_before_they_are_rounded():
+    """The weights are 1e-4 from the anchor, less than bfloat16 can tell. The loss has no pull."""
+    model, double = network().float(), network()
+    factors, _, [(x, y)] = task_b(double)
+    anchor = {name: p.detach() + 1e-4 * draw(*p.shape) for name, p in double.named_parameters()}
+    loss = dense_penalty(double, factors, anchor, 5.0)
+    pulls = torch.autograd.grad(loss, list(double.parameters()))
+    factors = {name: tuple(f.float() for f in pair) for name, pair in factors.items()}
+    args = factors, {name: a.float() for name, a in anchor.items()}, 5.0
+    with AUTOCAST:
+        assert ewc.ewc_loss(model, *args).item() == pytest.approx(loss.item(), rel=0.01)
+        ewc.add_ewc_gradients(model, *args)
+        for p, pull in zip(model.parameters(), pulls):
+            torch.testing.assert_close(p.grad.double(), pull, rtol=0.01, atol=1e-5)
+        how = [(x.float(), y)], lambda z, y: 0 * z.sum(), SGD(model.parameters(), lr=1.0), *args
+        train_with_ewc(model, *how, penalty="implicit")
+    for layer, pair in factors.items():
+        wanted = solved(layer, [f.double() for f in pair], double, anchor, 5.0)
+        torch.testing.assert_close(flat(layer, model).double(), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("every", [1, 4])
@@ -186,12 +207,17 @@ def test_the_implicit_step_is_a_dense_linear_solve(lambda_ewc, every):
         torch.testing.assert_close(flat(layer, model), wanted, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("v, lambda_ewc", [(draw(5), 1e8), (torch.eye(5)[2], 1e200)])
-def test_an_implicit_step_of_any_stiffness_leaves_free_directions_free(v, lambda_ewc):
-    """A singular factor: what no example of task A excites is not held. 0 times inf is no NaN."""
+FREE = [(draw(5), 1e8, 0), (torch.eye(5)[2], 1e200, 0), (draw(5), 0.9e10, 1e-9)]
+
+
+@pytest.mark.parametrize("v, lambda_ewc, below", FREE)
+def test_an_implicit_step_of_any_stiffness_leaves_free_directions_free(v, lambda_ewc, below):
+    """A singular factor: what no example of task A excites is not held. 0 times inf is no NaN,
+    and rounding below 0 does not repel."""
     model, (x, y) = network().to(v.dtype), some(20)
     anchor = {name: p.detach() + 1 for name, p in model.named_parameters()}
-    factors = {"layers.1": (torch.outer(v, v), torch.eye(3, dtype=v.dtype))}
+    singular = torch.outer(v, v) - below * torch.eye(5, dtype=v.dtype)
+    factors = {"layers.1": (singular, torch.eye(3, dtype=v.dtype))}
     factors["layers.3"] = torch.eye(4, dtype=v.dtype), torch.eye(3, dtype=v.dtype)
     batches = [(x.to(v.dtype), y)]
     moved = after_sgd(model, batches, 0.1)
@@ -202,6 +228,19 @@ def test_an_implicit_step_of_any_stiffness_leaves_free_directions_free(v, lambda
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     held = flat("layers.3", anchor)
     torch.testing.assert_close(flat("layers.3", model), held, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_and_bias_of_a_layer_need_one_learning_rate_for_the_implicit_step():
+    """Their entries move together. Two groups of one rate are fine."""
+    model = network()
+    (factors, anchor, batches), (weight, bias, *rest) = task_b(model), model.parameters()
+    optimizer = SGD([{"params": [weight, *rest]}, {"params": [bias], "lr": 0.0}], lr=0.1)
+    args = batches, CE, optimizer, factors, anchor, 1.0
+    with refused(ValueError, "layers.1", "weight", "bias", "one learning rate"):
+        train_with_ewc(model, *args, penalty="implicit")
+    assert same_bits(model.state_dict(), network().state_dict())
+    optimizer.param_groups[1]["lr"] = 0.1
+    train_with_ewc(model, *args, penalty="implicit")
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 30.0])
@@ -222,15 +261,14 @@ def test_the_nearest_product_of_a_sum_is_that_of_the_dense_svd(seed, scale):
 def test_sums_that_are_products_are_exact_also_of_zeros_and_of_tiny_factors():
     """A well-fitted task has G of about 1e-22: its squares leave the range of float32."""
     a, g, g2 = covariance(4, 1), covariance(3, 2), covariance(3, 3)
-    tiny, zero = g.float() * 1e-22, 0 * g
-    cases = [(g, g2, g + g2), (g, zero, g), (zero, zero, zero), (tiny, 2 * tiny, 3 * tiny)]
-    for one, two, total in cases:
-        x = a.to(one.dtype)
+    tiny, zero = (g * 1e-22).float(), 0 * g
+    cases = [(a, g, g2, g + g2), (a, g, zero, g), (a, zero, zero, zero)]
+    cases += [(x.float(), tiny, 2 * tiny, 3 * tiny) for x in (a, 1e-22 * a)]
+    for x, one, two, total in cases:
         found = ewc.nearest_kronecker_sum({"layer": (x, one)}, {"layer": (x, two)})["layer"]
         assert [f.dtype for f in found] == [one.dtype] * 2
-        size = total.abs().max().clamp_min(1e-30)
-        wanted = torch.kron(total / size, x)
-        torch.testing.assert_close(kron((found[0], found[1] / size)), wanted, rtol=1e-3, atol=1e-4)
+        found, wanted = (kron([f.double() for f in pair]) for pair in (found, (x, total)))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6 * wanted.max().item())
 
 
 def test_models_and_data_that_do_not_serve_are_told_in_plain_words():
@@ -239,6 +277,7 @@ def test_models_and_data_that_do_not_serve_are_told_in_plain_words():
     cases = [
         (nn.Sequential(linear, nn.LayerNorm(4)).double(), x, ("1.weight", "freeze")),
         (nn.Sequential(linear, linear), x, ("0.weight", "once")),
+        (Net(lambda net, z: net.a(z) + z @ net.a.weight, a=linear), x, ("a.weight", "once")),
         (nn.Sequential(linear, nn.Flatten()), draw(6, 2, 4), ("0.weight", "once")),
         (linear, x * math.nan, ("x ", "finite")),
         (linear, x[:0], ("data_loader", "0 examples")),

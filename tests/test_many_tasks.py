@@ -149,6 +149,8 @@ def test_a_bad_weight_a_missing_name_and_a_bad_rule_or_state_are_refused():
     with refused(ValueError, NAME, "pad", "zeros"):
         ewc.consolidate(fisher, anchor)
     assert ewc.n_tasks == 1 and same(ewc, learned("single", tasks(1)))
+    with refused((TypeError, ValueError), "nearest_kronecker_sum"):
+        ewc.consolidate({"layers.3": (torch.eye(4), torch.eye(2))}, anchor)
     for rule, gamma in (("both", 1), ("online", 0), ("online", 1.5), ("single", 0.9)):
         with refused(ValueError, "rule", "gamma", "'online'"):
             EWC(rule, gamma=gamma)

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import reference
 import torch
 from reference import CE, Net, assert_close, refused, same_bits
 from torch import nn
@@ -20,10 +21,13 @@ def network(hidden=(5, 4), n_out=3, **how):
     return SimpleMLP(6, hidden, n_out, **how)
 
 
-@pytest.mark.parametrize("hidden, widths", [(5, [6, 5, 3]), ((5, 4), [6, 5, 4, 3]), ((), [6, 3])])
+WIDTHS = [(5, [6, 5, 3]), (np.int64(5), [6, 5, 3]), ((5, 4), [6, 5, 4, 3]), ((), [6, 3])]
+
+
+@pytest.mark.parametrize("hidden, widths", WIDTHS)
 def test_the_network_is_linear_maps_and_relus_on_standardised_bytes_or_floats(hidden, widths):
     plain, model = network(hidden), network(hidden, mean=70, std=90.0)
-    model.load_state_dict(plain.state_dict())  # mean and std are settings, not state
+    model.layers.load_state_dict(plain.layers.state_dict())
     x = torch.randint(256, (7, 1, 2, 3), dtype=torch.uint8)
     weights = [p.detach() for p in model.parameters()]
     assert [w.shape for w in weights[::2]] == [*zip(widths[1:], widths)]
@@ -33,6 +37,15 @@ def test_the_network_is_linear_maps_and_relus_on_standardised_bytes_or_floats(hi
     torch.testing.assert_close(model(x), z)
     torch.testing.assert_close(model(x.float()), z)
     torch.testing.assert_close(plain((x.float() - 70) / 90), z)
+    torch.testing.assert_close(model.double()(x), z.double())
+
+
+def test_a_saved_network_keeps_its_mean_and_std(tmp_path):
+    model, loaded, x = network(mean=70, std=80), network(), torch.randint(256, (7, 6))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(loaded(x), model(x)) and not torch.equal(loaded(x), network()(x))
+    assert {"mean", "std"} < set(model.state_dict()) and len(take_anchor(model)) == 6
 
 
 def test_accuracy_is_the_share_of_labels_with_the_largest_logit():
@@ -44,6 +57,36 @@ def test_accuracy_is_the_share_of_labels_with_the_largest_logit():
         assert accuracy(model, z.numpy(), np.array(labels), batch_size=3) == share
         positions = z.T[None].repeat(2, 1, 1), torch.tensor([labels, [0, 1, 2, 0]])
         assert accuracy(model, *positions) == (share + 1) / 2
+
+
+def test_accuracy_does_not_count_what_is_ignored_and_needs_something_to_count():
+    model, z = Net(lambda net, z: z, unused=nn.Linear(1, 1)), torch.eye(3)
+    assert accuracy(model, z, torch.tensor([0, 1, -100])) == 1.0
+    assert (
+        accuracy(model, iter([(z, torch.tensor([-100, 2, -100])), (z, torch.arange(3))])) == 3 / 4
+    )
+    for data in ((z[:0], torch.arange(0)), ([],), (z, torch.full((3,), -100))):
+        with refused(ValueError, "0 ", "empty"):
+            accuracy(model, *data)
+
+
+class Merging(nn.Sequential):
+    """Its train() does more than set the flag, as that of adapters which eval() merges."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_modes_are_put_back_also_by_a_train_method_of_ones_own(mode):
+    model = Merging(nn.Linear(4, 3), nn.Dropout()).train(mode)
+    for run in reference.all_that_runs(model, [(torch.randn(6, 4), torch.arange(6) % 3)]).values():
+        run()
+        assert [m.training for m in model.modules()] == [mode] * 3
+        assert model.merged == (not mode)
 
 
 def test_accuracy_runs_in_evaluation_mode_and_puts_every_mode_back():
@@ -58,7 +101,6 @@ def test_accuracy_runs_in_evaluation_mode_and_puts_every_mode_back():
 
 
 WRAPS = {
-    "a tuple": lambda z: (z, None),
     "a dict": lambda z: {"loss": None, "logits": z},
     "squeezed": lambda z: z.squeeze(),  # also in a last batch of one example
     "an object": lambda z: types.SimpleNamespace(logits=z),
@@ -76,6 +118,15 @@ def test_logits_are_found_in_what_the_model_returns(wrap):
         (loss,) = ewc_utils.train_with_ewc(m, batches, CE, optimizer, None, None, 0)
         found.append({name.removeprefix("out."): f for name, f in fisher.items()} | {"": loss})
     assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_several_outputs_without_a_name_are_refused_with_what_came_back(kind):
+    """Features and logits, say: the first of them need not be the logits."""
+    model = Net(lambda net, x: kind([x, net.out(x)]), out=network())
+    for run in reference.all_that_runs(model, [(torch.randn(9, 6), torch.arange(9) % 3)]).values():
+        with refused(TypeError, "model", "6), (", "3)", "logits"):
+            run()
 
 
 Y = torch.arange(6) % 3
@@ -101,7 +152,7 @@ def test_accuracy_refuses_labels_that_do_not_fit(name):
 def test_the_anchor_is_a_copy_that_does_not_move_and_can_be_differentiated_around(mode):
     model = network()
     with mode():
-        anchor, before = take_anchor(model), copy.deepcopy(model.state_dict())
+        anchor, before = take_anchor(model), copy.deepcopy(dict(model.named_parameters()))
     with torch.no_grad():
         model.layers[1].weight.add_(0.5)
     assert same_bits(anchor, before)

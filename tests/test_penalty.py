@@ -78,6 +78,23 @@ def test_lambda_may_be_a_number_of_any_kind(model, number, way):
     assert same_bits(*(gradients(model, fisher, anchor, n, way) for n in (number, 2.0)))
 
 
+def test_with_a_scaler_gradients_are_unscaled_first_and_clipped_afterwards(model):
+    """As the docstring says: otherwise the penalty would count 128 times less."""
+    fisher, anchor = random_penalty(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    wanted = gradients(model, fisher, anchor, 0.3, "loss")
+    before, scaler = take_anchor(model), torch.amp.GradScaler("cpu", init_scale=128)
+    optimizer.zero_grad()
+    scaler.scale(0 * sum(p.sum() for p in model.parameters())).backward()
+    scaler.unscale_(optimizer)
+    add_ewc_gradients(model, fisher, anchor, 0.3)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(optimizer)
+    moved = {name: (before[name] - p) * norm / 0.1 for name, p in take_anchor(model).items()}
+    assert_close(moved, wanted, rtol=1e-4, atol=1e-6)
+    assert "unscale" in add_ewc_gradients.__doc__
+
+
 def test_zeros_leave_a_parameter_free_and_a_frozen_one_needs_no_entries(model):
     fisher, anchor = random_penalty(model)
     zeros = fisher | {W: torch.zeros_like(fisher[W])}
@@ -102,7 +119,7 @@ def test_tied_weights_count_once_and_empty_ones_not_at_all(way):
 
 
 NAN, INF = math.nan, math.inf
-BAD_LAMBDAS = [-1, -1e-9, NAN, INF, np.float64(NAN), torch.tensor(-1.0)]
+BAD_LAMBDAS = [-1, -1e-9, NAN, INF, np.float64(NAN), torch.tensor(-1.0), None, "1"]
 F, A = "fisher_dict", "optimal_params"
 
 
@@ -110,13 +127,19 @@ def with_entry(value):
     return torch.ones(4, 5).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(value))
 
 
+LACKS = "lacks", "it has", "pad", "rename", "freeze"  # what to do is told, too
 CHANGES = {  # the change of a dictionary, what the error must name
     "no tensor": (lambda d: d | {W: [1.0]}, (W, "tensor", "[1.0]")),
     "another shape": (lambda d: d | {W: torch.ones(5, 4)}, (W, "(4, 5)", "(5, 4)")),
     "another device": (lambda d: d | {W: d[W].to("meta")}, (W, "cpu", "meta", ".to(device)")),
     "NaN": (lambda d: d | {W: with_entry(NAN)}, (W, "nan", "finite")),
     "infinity": (lambda d: d | {W: with_entry(INF)}, (W, "inf", "finite")),
-    "a missing entry": (lambda d: {k: d[k] for k in d if k != W}, (W,)),
+    "a layer that is new": (lambda d: {k: d[k] for k in d if k != W}, (W, *LACKS)),
+    "the prefix of a wrapper": (
+        lambda d: {f"module.{k}": d[k] for k in d},
+        ("module." + W, *LACKS),
+    ),
+    "nothing": (lambda d: {}, (W, *LACKS)),
 }
 
 
@@ -134,7 +157,7 @@ def test_an_entry_that_does_not_fit_is_told_by_name(model, change, argument, way
 def test_other_mistakes_are_told_by_name(model, way):
     fisher, anchor = random_penalty(model)
     for lambda_ewc in BAD_LAMBDAS:
-        with refused(ValueError, "lambda_ewc", "finite", "at least 0", repr(lambda_ewc)):
+        with refused((ValueError, TypeError), "lambda_ewc", repr(lambda_ewc)):
             gradients(model, fisher, anchor, lambda_ewc, way)
     with refused(ValueError, F, W, "-0.25", ">= 0"):
         gradients(model, fisher | {W: with_entry(-0.25)}, anchor, 1.0, way)
