@@ -147,9 +147,9 @@ def accuracy(model, x, y=None, *, batch_size=1000):
     -100 is not counted. Raises TypeError and ValueError.
     """
     loader = x if y is None else TensorLoader(x, y, batch_size, shuffle=False)
-    hits, count = 0, 0
-    with _modes_restored(model):
-        model.eval()
+    hits = 0
+    count = 0
+    with _mode(model, training=False):
         for inputs, labels in _batches(loader, next(model.parameters()).device):
             z = _logits(model, inputs, len(labels))
             hits += (_class_indices(z, labels) == z.argmax(1)).sum().item()
@@ -240,7 +240,8 @@ class _KroneckerSpring(_Spring):
     axes = None
 
     def __init__(self, name, params, factors, anchors):
-        self.name, self.params = name, list(params.values())
+        self.name = name
+        self.params = list(params.values())
         anchors = {k: anchors[k] for k in params}
         sizes = sum(p[0].numel() for p in self.params), len(self.params[0])
         self.entries = [
@@ -376,9 +377,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
     FloatingPointError; warns where it has to go one example at a time.
     """
     likelihood = _Likelihood(criterion, labels, seed)
-    fisher = {
-        name: _wide(torch.zeros_like(p)).contiguous() for name, p in _trainable(model).items()
-    }
+    fisher = {name: _wide(p.new_zeros(p.shape)) for name, p in _trainable(model).items()}
     count = 0
     with _recorder(model) as recorder:
         for x, y in recorder.batches(data_loader):
@@ -433,16 +432,15 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
     """
     params = _trainable(model)
     likelihood = _Likelihood(criterion)
-    needed = lambda_ewc != 0
-    springs = _springs(model, fisher_dict, optimal_params, lambda_ewc) if needed else []
+    penalised = model, fisher_dict, optimal_params, lambda_ewc
+    springs = _springs(*penalised) if lambda_ewc != 0 else []
     _check_training(train_loader, epochs, penalty, every, scheduler)
     groups = _checked_groups(params, springs, optimizer, penalty)
     start = [(t, t.detach().clone()) for t in (*params.values(), *model.buffers())]
     callback = callback or (lambda step, model: None)
-    step, means = 0, []
-    with _modes_restored(model):
-        if not model.training:
-            model.train()
+    means = []
+    step = 0
+    with _mode(model, training=True):
         callback(step, model)
         for _ in range(epochs):
             losses = []
@@ -458,7 +456,7 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
                 step += 1
                 if penalty == "implicit":
                     _proximal_steps(springs, lambda_ewc, groups, now=step % every == 0)
-                if scheduler is not None:
+                if scheduler:
                     scheduler.step()
                 losses.append(loss.item())
                 _check_finite(math.isfinite(losses[-1]), start, step)
@@ -466,10 +464,14 @@ def train_with_ewc(model, train_loader, criterion, optimizer, fisher_dict, optim
             for spring in springs:
                 spring.proximal_step()  # for what ``every`` has left over
             _check_finite(all(p.isfinite().all() for p in params.values()), start, step)
-            if not losses:
-                raise ValueError("train_loader gave 0 batches: it is empty or used up")
-            means.append(sum(losses) / len(losses))
+            means.append(_mean(losses))
     return means
+
+
+def _mean(losses):
+    if not losses:
+        raise ValueError("train_loader gave 0 batches: it is empty or used up")
+    return sum(losses) / len(losses)
 
 
 def _proximal_steps(springs, lambda_ewc, groups, now):
@@ -541,8 +543,11 @@ class EWC:
             raise ValueError(f"rule={rule!r}, gamma={gamma!r} unknown; gamma < 1 is for 'online'")
         if gamma != 1 and rule != "online":
             raise ValueError(f"rule={rule!r} takes no gamma={gamma!r}: gamma < 1 is for 'online'")
-        self.rule, self.gamma, self.n_tasks = rule, gamma, 0
-        self.fisher, self.anchor = {}, {}
+        self.rule = rule
+        self.gamma = gamma
+        self.n_tasks = 0
+        self.fisher = {}
+        self.anchor = {}
 
     def consolidate(self, fisher_dict, optimal_params, *, weight=1.0):
         """Add the task just learned; weight: its N_k over the N that lambda_ewc refers to."""
@@ -553,7 +558,8 @@ class EWC:
             raise ValueError(f"every task needs {[*names | fisher_dict.keys()]}: pad with zeros")
         if not 0 < weight < math.inf:
             raise ValueError(f"weight must be finite and above 0, got {weight!r}")
-        fishers, anchors = {}, {}
+        fishers = {}
+        anchors = {}
         for name, new in fisher_dict.items():
             at = optimal_params[name].detach().clone()
             was = self.anchor.get(name, at)
@@ -566,7 +572,8 @@ class EWC:
             if self.rule == "separate":
                 share = (weight * new / fishers[name]).nan_to_num(1.0)  # 0 / 0: the newest
                 anchors[name] = (share * at + (1 - share) * was).to(at.dtype)
-        self.fisher, self.anchor = fishers, anchors
+        self.fisher = fishers
+        self.anchor = anchors
         self.n_tasks += 1
 
     def state_dict(self):
@@ -590,12 +597,14 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
     penalty is lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
     likelihood = _Likelihood(criterion, labels, seed)
-    params, factors, count = _trainable(model), {}, 0
+    params = _trainable(model)
+    factors = {}
+    count = 0
     for name, layer in _unwrap(model).named_modules():
         if type(layer) is nn.Linear and layer.weight.requires_grad:
             one = layer.bias is not None and layer.bias.requires_grad
             for side, size in (("A", layer.in_features + one), ("G", layer.out_features)):
-                factors[name, side] = _wide(layer.weight.detach()).new_zeros(size, size)
+                factors[name, side] = _wide(layer.weight.new_zeros(size, size))
     with _recorder(model) as recorder:
         for x, y in recorder.batches(data_loader):
             for run in recorder.runs(x, y, likelihood):
@@ -652,7 +661,9 @@ class _Likelihood:
     def __init__(self, criterion, labels=None, seed=0):  # no labels: for training
         kinds = criterion, type(criterion)
         families = [k for k, members in FAMILIES.items() if any(m in kinds for m in members)]
-        self.criterion, self.labels, self.family = criterion, labels, (*families, "other")[0]
+        self.criterion = criterion
+        self.labels = labels
+        self.family = families[0] if families else "other"
         nothing = -100 if self.family == "categorical" else math.nan
         self.ignore_index = getattr(criterion, "ignore_index", nothing)
         rank = distributed.get_rank() if _is_distributed() else 0
@@ -720,7 +731,8 @@ class _Likelihood:
 
     def labelled(self, z, y):
         """y as it fits the outputs z, checked; drawn from p(y | z) for "sampled"."""
-        y, z = self.fitting(z, y), _wide(z.detach())
+        y = self.fitting(z, y)
+        z = _wide(z.detach())
         negative_log = self.criterion is F.nll_loss or type(self.criterion) is nn.NLLLoss
         if negative_log and (z.logsumexp(1).abs() > 0.01).any():
             raise ValueError("criterion NLLLoss needs log-probabilities: end with log_softmax")
@@ -788,12 +800,16 @@ class _Recorder:
     """
 
     def __init__(self, net):
-        self.net, self.params = net, _trainable(net)
+        self.net = net
+        self.params = _trainable(net)
         self.device = next(iter(self.params.values())).device
         self.names = {id(p): name for name, p in self.params.items()}
         self.modules = {module: name for name, module in net.named_modules()}
-        self.thread, self.calls = threading.get_ident(), None
-        self.limits, self.turns, self.slow = {}, {}, set()
+        self.thread = threading.get_ident()
+        self.calls = None
+        self.limits = {}  # how many examples of a kind go together
+        self.turns = {}  # how many batches of a kind there were
+        self.slow = set()  # the kinds that go one example at a time
         self.random = random.Random(0)
         kind = self.device.type
         outside = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -852,18 +868,22 @@ class _Recorder:
 
     def judged(self, key, x, y, likelihood):
         """The run of a batch, if autograd confirms it. Raises _Inseparable if not."""
-        n, turn = len(y), self.turns.get(key, 0)
-        kept, weights = [1], {p.data_ptr() for p in self.net.parameters()}
+        n = len(y)
+        turn = self.turns.get(key, 0)
+        self.turns[key] = turn + 1
+        weights = {p.data_ptr() for p in self.net.parameters()}
+        kept = []
 
         def keep(t):
             if t.layout == torch.strided and t.data_ptr() not in weights:
                 kept.append(t.nbytes)
             return t
 
-        self.calls, self.turns[key] = [], turn + 1
+        self.calls = []
         with saved_tensors_hooks(keep, lambda t: t):
             z = self.outputs(x, y)
-        calls, self.calls = self.calls, None
+        calls = self.calls
+        self.calls = None
         chosen = {0, n - 1, self.random.randrange(n)} if turn < 2 else {self.random.randrange(n)}
         alone = {i: self.outputs(x, y, i) for i in chosen}
         noise = _rounding([z, *(t for call in calls for t in call[-1])])
@@ -908,10 +928,10 @@ class _Recorder:
         """Raise unless the gradients found are autograd's own."""
         wanted = _gradients(z, self.params, v)
         floor = 10 * noise * max((g.norm() for g in wanted.values()), default=0)
-        for name, p in self.params.items():
-            w = wanted.get(name, torch.zeros_like(p))
-            error = (w - found[name]).norm() if name in found else w.norm()
-            if not error <= 3 * noise**0.5 * w.norm() + floor:
+        for name in self.params.keys() & (wanted.keys() | found.keys()):
+            w = wanted[name] if name in wanted else 0 * found[name]
+            g = found[name] if name in found else 0 * w
+            if not (w - g).norm() <= 3 * noise**0.5 * w.norm() + floor:
                 raise _Inseparable(f"{name!r} has another gradient: used outside of its module?")
 
 
@@ -925,7 +945,9 @@ class _Alone:
     linear = ()
 
     def __init__(self, z, y, params):
-        self.z, self.y, self.params = z, y, params
+        self.z = z
+        self.y = y
+        self.params = params
 
     def backward(self, v):
         self.found = _gradients(self.z, self.params, v)
@@ -938,7 +960,10 @@ class _Batch:
     """The run of a batch: the calls of its modules."""
 
     def __init__(self, recorder, z, y, calls):
-        self.z, self.y, self.v, self.calls = z, y, None, []
+        self.z = z
+        self.y = y
+        self.v = None
+        self.calls = []
         for module, *call in calls:
             kind = _ProductCall if _is_product(module) else _Call
             self.calls.append(kind(recorder, len(y), module, *call))
@@ -953,7 +978,8 @@ class _Batch:
     def backward(self, v):
         """g = J^T v at the outputs of every call."""
         if self.v is None or not torch.equal(v, self.v):
-            self.v, edges = v, [edge for call in self.calls for edge in call.edges]
+            self.v = v
+            edges = [edge for call in self.calls for edge in call.edges]
             found = torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True)
             for call in self.calls:
                 call.receive(found[: len(call.edges)])
@@ -994,7 +1020,9 @@ class _Call:
     single = False  # whether the gradient of an example is one product g a^T
 
     def __init__(self, recorder, n, module, inputs, edges, outputs):
-        self.n, self.module, self.name = n, module, recorder.modules[module]
+        self.n = n
+        self.module = module
+        self.name = recorder.modules[module]
         self.title = f"{self.name!r} ({type(module).__name__})"
         self.params = {k: p for k, p in module.named_parameters() if id(p) in recorder.names}
         self.names = {k: recorder.names[id(p)] for k, p in self.params.items()}
@@ -1066,8 +1094,10 @@ class _ProductCall(_Call):
 
     def prepare(self, recorder, inputs):
         (a,) = (self.split(t) for t in tree_leaves(inputs) if torch.is_tensor(t))
-        self.weight, self.bias = self.names.get("weight"), self.names.get("bias")
-        self.width, self.held = len(self.module.weight), 0
+        self.weight = self.names.get("weight")
+        self.bias = self.names.get("bias")
+        self.width = len(self.module.weight)
+        self.held = 0
         self.conv = self.module if type(self.module) is nn.Conv2d else None
         if self.conv:
             if a.dim() != 5:
@@ -1156,7 +1186,8 @@ def _batches(loader, device):
         return t.clone() if torch.is_tensor(t) and t.is_inference() else t
 
     for batch in loader:
-        x, y = batch, None
+        x = batch
+        y = None
         if isinstance(batch, Mapping) and "labels" in batch:
             x = {name: t for name, t in batch.items() if name != "labels"}
             y = batch["labels"]
@@ -1200,10 +1231,12 @@ def _key(x):
 
 
 @contextlib.contextmanager
-def _modes_restored(model):
-    """Afterwards every module is in its own mode again."""
+def _mode(model, training):
+    """Training or evaluation mode. Afterwards every module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
+        if model.training != training or not training:
+            model.train(training)
         yield
     finally:
         model.train(modes[0][1])  # a module's own train() may do more than set the flag
@@ -1223,7 +1256,8 @@ def _untouched(net):
         for module in modules:
             module.training = False
             if isinstance(module, nn.RNNBase) and module.weight_ih_l0.is_cuda:
-                module.training, module.dropout = True, 0.0  # cuDNN has no other backward pass
+                module.training = True  # cuDNN has no other backward pass
+                module.dropout = 0.0
         yield
     finally:
         for training, module in before[0]:
