@@ -916,7 +916,7 @@ class _Recorder:
                 raise ValueError(f"outputs must have a row for each example, got {got}")
 
             def differs(other, z_i=z_i):
-                apart = (other - z_i).abs() > noise**0.5 * size + noise * floor
+                apart = (other - z_i).abs() > _tolerance(noise) * size + noise * floor
                 return (apart & (other != z_i)).any()
 
             if differs(z[i : i + 1]):
@@ -931,7 +931,7 @@ class _Recorder:
         for name in self.params.keys() & (wanted.keys() | found.keys()):
             w = wanted[name] if name in wanted else 0 * found[name]
             g = found[name] if name in found else 0 * w
-            if not (w - g).norm() <= 3 * noise**0.5 * w.norm() + floor:
+            if not (w - g).norm() <= _tolerance(noise) * w.norm() + floor:
                 raise _Inseparable(f"{name!r} has another gradient: used outside of its module?")
 
 
@@ -1276,6 +1276,11 @@ def _rounding(tensors):
     if torch.get_float32_matmul_precision() != "highest":
         noise = max(noise, torch.finfo(torch.bfloat16).eps)
     return max(noise, 2**-11) if tensors[0].is_cuda and noise > 1e-12 else noise  # TF32
+
+
+def _tolerance(noise):
+    """The relative error that rounding can explain, far above the noise where it is small."""
+    return min(noise**0.5, max(3e-4, 10 * noise))
 
 
 def _gradients(z, inputs, v):
