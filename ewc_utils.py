@@ -199,7 +199,8 @@ class _Spring:
     rate = None  # lr * lambda of the last one
 
     def __init__(self, name, params, fisher, anchors):
-        (self.param,) = self.params = list(params.values())
+        self.params = list(params.values())
+        self.param = self.params[0]
         self.entries = [(f"fisher_dict[{name!r}]", fisher, self.param, 0.0)]
         self.entries.append((f"optimal_params[{name!r}]", anchors[name], self.param, -math.inf))
         _check_shapes(self.entries)
@@ -366,7 +367,8 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
       ``itertools.islice(loader, k)`` takes a part of the task.
     criterion: CrossEntropyLoss or, on log-probabilities, NLLLoss (p is categorical),
       BCEWithLogitsLoss (Bernoulli), MSELoss (Gaussian of variance 1/2: for a loss that is half of
-      it, halve F), without weights. For "empirical" any other mean over examples, too.
+      it, halve F), without weights. For "empirical" any other mean over examples, too. F belongs
+      to the function that ``model`` computes: for Q-values with MSELoss, to those of all actions.
     labels: "exact" is all y, weighted by the model's own p, in T (C - 1) backward passes for C
       classes at T positions (pixels, tokens), T C for BCE and MSE. "sampled" is one y drawn from p:
       one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
@@ -818,8 +820,9 @@ class _Recorder:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
                 raise ValueError(f"{name!r} mixes examples: it needs track_running_stats=True")
 
-    def note(self, module, args, kwargs, output):
+    def note(self, module, args, *more):
         if self.calls is not None and threading.get_ident() == self.thread:
+            kwargs, output = more
             found = {i: t for i, t in enumerate(tree_leaves(output)) if _has_gradient(t)}
             edges = {i: get_gradient_edge(t) for i, t in found.items()}  # before it is changed
             if found:

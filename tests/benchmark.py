@@ -1,7 +1,8 @@
 """What the Fisher and the penalty cost, as ratios: python tests/benchmark.py [images]
 
-Not collected as a test. The candidates of a table take turns in one process, on one thread, after
-a warm-up each. A ratio is the median of the ratios within a round: a busy machine shifts it little.
+Not collected as a test. Run it on an idle machine. It measures wall time, which is what a user
+waits for, first with the threads that torch chooses, then with one. The candidates of a table take
+turns in one process, after a warm-up each. A ratio is the median of the ratios within a round.
 "plain" is a forward and backward pass over the same examples, in batches of 128. "products" are the
 matrix products alone: a forward pass, ten back-propagations to the inputs of all layers but the
 first, and one product for each weight. BackPACK and NNGeometry take part where they are installed.
@@ -35,9 +36,9 @@ def table(title, jobs, *bases, rounds=5):
     spent, bases = {name: [] for name in jobs}, [base for base in bases if base in jobs]
     for turn in range(rounds + 1):
         for name, job in jobs.items():
-            start = time.process_time()
+            start = time.perf_counter()
             job()
-            spent[name] += [time.process_time() - start] if turn else []
+            spent[name] += [time.perf_counter() - start] if turn else []
     print(f"\n{title:44}{'seconds':>10}" + "".join(f"{'/ ' + base:>16}" for base in bases))
     for name, own in spent.items():
         line = f"  {name:42}{statistics.median(own):>10.3f}"
@@ -158,11 +159,7 @@ def peak(job):
     return held.cumsum(0).max().item() / 1e6
 
 
-def main():
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, processor time, medians of rounds")
-    others = other_libraries()
+def time_tables(others):
     for name, (model, n) in models().items():
         small, mlp = "MLP" in name or "conv" in name, "MLP" in name
         x, y = examples(int(sys.argv[1]) if mlp and len(sys.argv) > 1 else n, name)
@@ -179,6 +176,15 @@ def main():
     for kind, make in (("SGD", partial(torch.optim.SGD, lr=0.05)), ("Adam", torch.optim.Adam)):
         jobs = {how: partial(epoch, model, x, y, make, penalty, how) for how in ways}
         table(f"an epoch with {kind}, {len(x):,} examples", jobs, "no penalty", rounds=5)
+
+
+def main():
+    warnings.simplefilter("ignore")
+    others = other_libraries()
+    for threads in dict.fromkeys((torch.get_num_threads(), 1)):
+        torch.set_num_threads(threads)
+        print(f"\ntorch {torch.__version__}, {threads} threads, wall time, medians of rounds")
+        time_tables(others)
     print(f"\n{'':44}{'error':>10}{'Fisher, MB':>14}{'a step + 2 Fishers, MB':>26}")
     for name, (model, n) in models().items():
         x, y = examples(512, name)

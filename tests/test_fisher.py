@@ -124,12 +124,12 @@ def test_a_long_exact_fisher_is_announced_before_it_starts(criterion, cost):
 
 TYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.05}
 WAYS = {  # in which the gradients of examples are found
-    "one row": (nn.Linear(4, 3), lambda net, x: net.a(x[:, 0, 0])),
-    "rows": (nn.Linear(4, 3), lambda net, x: net.a(x[:, 0]).sum(1)),
-    "patches": (nn.Conv2d(2, 3, 2), lambda net, x: net.a(x).sum((2, 3))),
-    "another module": (nn.LayerNorm(4), lambda net, x: net.a(x)[:, 0, 0]),
-    "outside of the module": (nn.Linear(4, 3), lambda net, x: x[:, 0, 0] @ net.a.weight.T),
-    "used twice": (nn.Linear(4, 4), lambda net, x: net.a(x[:, 0, 0]) + net.a(x[:, 1, 0])),
+    "one row": (nn.Linear, (4, 3), lambda net, x: net.a(x[:, 0, 0])),
+    "rows": (nn.Linear, (4, 3), lambda net, x: net.a(x[:, 0]).sum(1)),
+    "patches": (nn.Conv2d, (2, 3, 2), lambda net, x: net.a(x).sum((2, 3))),
+    "another module": (nn.LayerNorm, (4,), lambda net, x: net.a(x)[:, 0, 0]),
+    "outside of the module": (nn.Linear, (4, 3), lambda net, x: x[:, 0, 0] @ net.a.weight.T),
+    "used twice": (nn.Linear, (4, 4), lambda net, x: net.a(x[:, 0, 0]) + net.a(x[:, 1, 0])),
 }
 
 
@@ -139,8 +139,8 @@ WAYS = {  # in which the gradients of examples are found
 def test_gradients_are_squared_in_float32_or_wider(way, dtype):
     """Gradients of 1e-4 have squares of 1e-8, where float16 has no number but 0."""
     torch.manual_seed(0)
-    module, forward = WAYS[way]
-    model = Net(lambda net, x: 1e-4 * forward(net, x), a=copy.deepcopy(module)).to(dtype)
+    kind, sizes, forward = WAYS[way]
+    model = Net(lambda net, x: 1e-4 * forward(net, x), a=kind(*sizes)).to(dtype)
     batch = torch.randn(6, 2, 3, 4).to(dtype), torch.arange(6) % 3
     found = compute_fisher_information(model, [batch], CE)
     assert {f.dtype for f in found.values()} == {torch.promote_types(dtype, torch.float32)}
@@ -426,7 +426,7 @@ def test_evaluation_mode_is_what_counts_and_gradients_may_be_off(mode, grads):
 
 
 X, Y = torch.ones(6, 4), torch.zeros(6, dtype=torch.long)
-LINEAR = nn.Linear(4, 3)
+LINEAR = small_mlp(4, 3)[0]
 
 
 def changed(t, value):
@@ -463,7 +463,7 @@ NO_DATA = {  # these need no data, so they are told before any is read
     "complex weights": case(V, "model", "real", "bias", model=nn.Linear(4, 3, dtype=torch.cfloat)),
 }
 BATCH_NORM = nn.Sequential(LINEAR, nn.BatchNorm1d(3, track_running_stats=False))
-OVERFLOW, SCORES = then(lambda z: z * 1e38 * 1e38), then(lambda z: {"scores": z})
+OVERFLOW, SCORES = then(lambda z: z.abs() * 1e38 * 1e38), then(lambda z: {"scores": z})
 PAIRS, NO_EXAMPLES = ("loader", "(x, y)"), ("data_loader", "0 examples")
 NANS, FLAT, TWOS = torch.full((6, 3), NAN), nn.Linear(4, 3, bias=False), torch.full((6, 3), 2)
 nn.init.zeros_(FLAT.weight)
