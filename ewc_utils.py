@@ -33,7 +33,6 @@ from torch import distributed, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
 
 # -------- data
 
@@ -374,9 +373,9 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
       one pass, unbiased. "empirical" is the y of the data: one pass, not the Fisher.
 
     Returns {name: tensor >= 0}, float32 or wider. log p sums over an example's positions, without
-    ``ignore_index``. The model itself runs, in evaluation mode, and is left as it was. Under
-    torch.distributed the mean is over all processes. Raises TypeError, ValueError,
-    FloatingPointError; warns where it has to go one example at a time.
+    ``ignore_index``. The model itself runs, in evaluation mode, and is left as it was; two threads
+    need a copy each. Under torch.distributed the mean is over all processes. Raises TypeError,
+    ValueError, FloatingPointError; warns where it has to go one example at a time.
     """
     likelihood = _Likelihood(criterion, labels, seed)
     fisher = {name: _wide(p.new_zeros(p.shape)) for name, p in _trainable(model).items()}
@@ -823,7 +822,7 @@ class _Recorder:
     def note(self, module, args, *more):
         if self.calls is not None and threading.get_ident() == self.thread:
             kwargs, output = more
-            found = {i: t for i, t in enumerate(tree_leaves(output)) if _has_gradient(t)}
+            found = {i: t for i, t in enumerate(_leaves(output)) if _has_gradient(t)}
             edges = {i: get_gradient_edge(t) for i, t in found.items()}  # before it is changed
             if found:
                 self.calls.append((module, (args, kwargs), edges, list(found.values())))
@@ -869,22 +868,26 @@ class _Recorder:
         with self.autocast():
             return _logits(self.net, x, len(y))
 
+    def kept(self, x, y):
+        """The bytes that autograd keeps of a forward pass, without the weights."""
+        weights = {p.data_ptr() for p in self.net.parameters()}
+        sizes = []
+
+        def count(t):
+            if t.layout == torch.strided and t.data_ptr() not in weights:
+                sizes.append(t.nbytes)
+
+        with saved_tensors_hooks(count, lambda nothing: nothing):
+            self.outputs(x, y)
+        return sum(sizes)
+
     def judged(self, key, x, y, likelihood):
         """The run of a batch, if autograd confirms it. Raises _Inseparable if not."""
         n = len(y)
         turn = self.turns.get(key, 0)
         self.turns[key] = turn + 1
-        weights = {p.data_ptr() for p in self.net.parameters()}
-        kept = []
-
-        def keep(t):
-            if t.layout == torch.strided and t.data_ptr() not in weights:
-                kept.append(t.nbytes)
-            return t
-
         self.calls = []
-        with saved_tensors_hooks(keep, lambda t: t):
-            z = self.outputs(x, y)
+        z = self.outputs(x, y)
         calls = self.calls
         self.calls = None
         chosen = {0, n - 1, self.random.randrange(n)} if turn < 2 else {self.random.randrange(n)}
@@ -894,8 +897,9 @@ class _Recorder:
         run = _Batch(self, z, likelihood.labelled(z, y), calls)
         if not calls:
             raise _Inseparable("no module uses its parameters in its own forward")
-        size = (sum(kept) + sum(call.held for call in run.calls)) // n
-        self.limits.setdefault(key, max(1, min(TOGETHER[0], TOGETHER[1] // (1 + size))))
+        if key not in self.limits:
+            size = self.kept(x, y) + sum(call.held for call in run.calls)
+            self.limits[key] = max(1, min(TOGETHER[0], TOGETHER[1] * n // (1 + size)))
         v = next(likelihood.directions(z, run.y))
         run.backward(v)
         if turn < 2 or turn % 5 == 0:
@@ -1031,7 +1035,7 @@ class _Call:
         self.names = {k: recorder.names[id(p)] for k, p in self.params.items()}
         self.places, self.edges = zip(*edges.items())
         self.rows = len(outputs[0]) if outputs[0].dim() else 0
-        tensors = [t for t in tree_leaves(inputs) if torch.is_tensor(t)]
+        tensors = [t for t in _leaves(inputs) if torch.is_tensor(t)]
         numbered = any(not t.is_floating_point() for t in tensors)
         self.numbered = numbered and type(module) is not nn.Embedding
         self.prepare(recorder, inputs)
@@ -1046,7 +1050,7 @@ class _Call:
         """Run the module once more, with a copy of its parameters for each example."""
 
         def alone(copies, inputs):
-            leaves = tree_leaves(functional_call(self.module, copies, *inputs))
+            leaves = _leaves(functional_call(self.module, copies, *inputs))
             return [leaves[i] for i in self.places]
 
         def has_rows(t):
@@ -1056,8 +1060,8 @@ class _Call:
         self.copies = {k: p.requires_grad_() for k, p in copies.items()}
         self.held = 4 * sum(p.numel() for p in copies.values())
         try:
-            dims = tree_map(lambda t: 0 if has_rows(t) else None, inputs)
-            inputs = tree_map(lambda t: self.split(t) if has_rows(t) else t, inputs)
+            dims = _mapped(lambda t: 0 if has_rows(t) else None, inputs)
+            inputs = _mapped(lambda t: self.split(t) if has_rows(t) else t, inputs)
             with recorder.autocast():
                 self.outputs = vmap(alone, in_dims=(0, dims))(self.copies, inputs)
         except Exception as error:  # of many kinds: what vmap cannot do
@@ -1096,7 +1100,7 @@ class _ProductCall(_Call):
     """
 
     def prepare(self, recorder, inputs):
-        (a,) = (self.split(t) for t in tree_leaves(inputs) if torch.is_tensor(t))
+        (a,) = (self.split(t) for t in _leaves(inputs) if torch.is_tensor(t))
         self.weight = self.names.get("weight")
         self.bias = self.names.get("bias")
         self.width = len(self.module.weight)
@@ -1161,7 +1165,7 @@ def _logits(model, x, n):
         tensors = [t for t in z if torch.is_tensor(t)]
         z = tensors[0] if len(tensors) == 1 else z
     if not torch.is_tensor(z):
-        got = tree_map(lambda t: tuple(t.shape) if torch.is_tensor(t) else t, output)
+        got = _mapped(lambda t: tuple(t.shape) if torch.is_tensor(t) else t, output)
         raise TypeError(f"model must return a tensor, or something with 'logits', got {got!r}")
     # squeeze() at the end of forward drops the batch dimension of a single example.
     return z[None] if n == 1 and (z.dim() == 0 or len(z) != 1) else z
@@ -1197,14 +1201,14 @@ def _batches(loader, device):
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
             x, y = batch
         x = dict(x) if isinstance(x, Mapping) else x
-        first = tree_leaves(x)[0] if isinstance(x, (tuple, list, dict)) and x else x
+        first = _leaves(x)[0] if isinstance(x, (tuple, list, dict)) and x else x
         shapes = [tuple(t.shape) if torch.is_tensor(t) else "" for t in (first, y)]
         if not all(shapes) or shapes[0][0] != shapes[1][0]:
             rule = "tensors (x, y), examples first, or ((x1, x2), y), or a dict with 'labels'"
             got = [shape or type(t).__name__ for t, shape in zip((x, y), shapes)]
             raise TypeError(f"a loader must yield {rule}; got {got}")
         if len(y):
-            yield tree_map(place, x), place(y)
+            yield _mapped(place, x), place(y)
 
 
 def _rows(batch, start, stop):
@@ -1214,23 +1218,40 @@ def _rows(batch, start, stop):
     def cut(t):
         return t[start:stop] if torch.is_tensor(t) and t.dim() and len(t) == n else t
 
-    return tree_map(cut, batch)
+    return _mapped(cut, batch)
 
 
 def _joined(held, batch):
     """One batch of two, copied: the loader may fill its memory again."""
     if held is None:
-        return tree_map(lambda t: t.clone() if torch.is_tensor(t) else t, batch)
+        return _mapped(lambda t: t.clone() if torch.is_tensor(t) else t, batch)
 
     def join(a, b):
         return torch.cat([a, b]) if torch.is_tensor(b) and len(b) == len(batch[1]) else b
 
-    return tree_map(join, held, batch)
+    return _mapped(join, held, batch)
+
+
+def _leaves(tree):
+    """The tensors, and what else there is, in tuples, lists and dictionaries."""
+    parts = list(tree.values()) if isinstance(tree, Mapping) else tree
+    if isinstance(parts, (tuple, list)):
+        return [leaf for part in parts for leaf in _leaves(part)]
+    return [tree]
+
+
+def _mapped(function, tree, *others):
+    """The same tuples, lists and dictionaries, with function(leaf, *other leaves) for each leaf."""
+    if isinstance(tree, dict):
+        return {k: _mapped(function, t, *(other[k] for other in others)) for k, t in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(_mapped(function, *leaves) for leaves in zip(tree, *others))
+    return function(tree, *others)
 
 
 def _key(x):
     """What batches of one kind have in common: shapes but for the examples, and types."""
-    return tuple((t.shape[1:], t.dtype) if torch.is_tensor(t) else str(t) for t in tree_leaves(x))
+    return tuple((t.shape[1:], t.dtype) if torch.is_tensor(t) else str(t) for t in _leaves(x))
 
 
 @contextlib.contextmanager
