@@ -642,6 +642,109 @@ def nearest_kronecker_sum(first, second):
     return result
 
 
+# -------- lesson
+
+STYLE = {"fine-tuning": ("#C44E00", "--"), "Adam": ("#D98200", (0, (1, 1))),
+         "L2": ("#8A6D00", "-."), "two numbers": ("#009E73", (0, (7, 2))),
+         "EWC": ("#0060B0", "-"), "Kronecker EWC": ("#1A1A1A", (0, (5, 1, 1, 1))),
+         "joint": ("#6E6E6E", ":"), "replay": ("#AA4499", (0, (3, 1, 1, 1, 1, 1)))}  # fmt: skip
+FIGURES = {"figure.figsize": (7.5, 3.3), "figure.dpi": 100, "figure.facecolor": "white",
+           "figure.constrained_layout.use": True, "axes.spines.top": False, "font.size": 9,
+           "axes.spines.right": False, "axes.titlelocation": "left"}  # fmt: skip
+
+
+def split(task, held_out):
+    """Three pairs (x, y) of a task: to train on, held out from training, to test on."""
+    x, y = task.train_x, task.train_y
+    return (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out]), (task.test_x, task.test_y)
+
+
+def side_by_side(function, jobs, label):
+    """[function(*job) for job in jobs], as many at once as there are cores, with a progress bar."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from IPython.display import HTML, display
+
+    bar = display(HTML(""), display_id=True)
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        runs = [pool.submit(function, *job) for job in jobs]
+        for done, _ in enumerate(as_completed(runs), 1):
+            bar.update(HTML(f"<progress value={done} max={len(jobs)}></progress> {label}"))
+        return [run.result() for run in runs]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def show_images(images, names, title, rows=1, cmap="gray_r"):
+    """Images of 28 x 28 pixels in rows, each below its name."""
+    from matplotlib import pyplot as plt
+
+    shape, height = (rows, len(images) // rows), 0.3 + 0.9 * rows + 0.15 * names[0].count("\n")
+    fig, axes = plt.subplots(*shape, figsize=(7.5, height), squeeze=False)
+    for ax, image, name in zip(axes.flat, images, names):
+        ax.imshow(torch.as_tensor(image).reshape(28, 28).numpy(), cmap=cmap)
+        ax.set_title(name, fontsize=9, loc="center")
+        ax.axis("off")
+    fig.suptitle(title, x=0.01, ha="left")
+
+
+def name_lines(ax, ends):
+    """For each (x, y, method, text) the text beside that point, apart from the others."""
+    ends, (low, high) = sorted(ends, key=lambda end: end[1]), ax.get_ylim()
+    gap, at = 0.15 * (high - low) / ax.figure.get_figheight(), [end[1] for end in ends]
+    for i in 200 * [*range(len(ends) - 1)]:
+        short = max(0, gap - at[i + 1] + at[i]) / 2
+        at[i : i + 2] = at[i] - short, at[i + 1] + short
+    for (x, _, method, text), y in zip(ends, at):
+        ax.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center",
+                    color=STYLE[method][0], annotation_clip=False)  # fmt: skip
+
+
+def plot_curves(ax, x, curves, title, *, texts=None, levels=None, **options):
+    """For each method the mean over the seeds (rows), and a band from the worst to the best."""
+    ax.set(title=title, xlim=(x[0], x[-1]), **options)
+    for text, y in (levels or {}).items():
+        ax.axhline(y, color="0.6", lw=1, ls=":")
+        ax.annotate(text, (x[-1], y), (0, 7), textcoords="offset points", ha="right", color="0.35")
+    ends = []
+    for method, rows in curves.items():
+        y, (color, line) = torch.as_tensor(rows).numpy(), STYLE[method]
+        ax.plot(x, y.mean(0), color=color, ls=line, lw=2)
+        ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
+        ends.append((x[-1], y[:, -1].mean(), method, (texts or {}).get(method, method)))
+    name_lines(ax, ends)
+
+
+def plot_tradeoff(ax, trials, chosen, title, **options):
+    """Accuracy on A over that on B: a dot per value in the frame's height, large where chosen."""
+    ax.set(title=title, **options)
+    ends = []
+    for method, found in trials.items():
+        color, line = STYLE[method]
+        points = {v: (b, a) for v, (a, b) in found.items() if a > ax.get_ylim()[0]}
+        ax.plot(*zip(*points.values()), color=color, ls=line, lw=2, marker=".", ms=8)
+        for value, point in points.items():
+            ax.plot(*point, "o", color=color, ms=10 if chosen.get(method) == value else 0)
+            ax.annotate(f"{value:g}", point, (0, 6), "data", "offset points", c=color, ha="center")
+        ends.append((*max(points.values()), method, method))
+    name_lines(ax, ends)
+
+
+def table(header, rows):
+    """Print a Markdown table. A tensor, one value per seed, shows mean ± standard deviation."""
+
+    def shown(v):
+        if torch.is_tensor(v) and v.dim():
+            return f"{v.mean():.1f} ± {v.std():.1f}"
+        return v if isinstance(v, str) else f"{v:.3g}"
+
+    cells = [header, ["---"] * len(header), *([shown(v) for v in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("|", " | ".join(cell.ljust(width) for cell, width in zip(row, widths)), "|")
+
+
 # -------- engine: you need not read on
 #
 # How the gradient of each example is found for any module, how it is checked, and what is put back.

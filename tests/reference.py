@@ -129,11 +129,6 @@ FORMS = {  # of a batch for it
 }
 
 
-def in_form(form, x, y, size):
-    """[batches of this size], with the columns of x as two inputs."""
-    return [FORMS[form](*a.split([3, 2], 1), b) for a, b in zip(x.split(size), y.split(size))]
-
-
 def all_that_runs(model, batches, criterion=CE):
     """{name: a function that runs the model on the batches}"""
     trained = [p for p in model.parameters() if p.requires_grad]

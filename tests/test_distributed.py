@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import reference
@@ -26,7 +27,7 @@ def setting():
 def process(rank, folder):
     """One of two processes: what it finds is saved, for the tests to compare."""
     torch.set_num_threads(1)
-    meet = f"file://{folder}/meet"
+    meet = (Path(folder) / "meet").as_uri()
     distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     model, x, y = setting()
     wrapped, bad, found = nn.parallel.DistributedDataParallel(model), copy.deepcopy(model.out), {}

@@ -10,6 +10,7 @@ import sys
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -37,21 +38,6 @@ def data(n, family="categorical", n_in=5, n_out=3):
 
 
 @FAMILIES
-def test_linear_models_have_the_closed_form(family):
-    """That of W_cj is the mean of v_c x_j^2, that of b_c the mean of v_c, with the scores' variance
-    v = p (1 - p) of a softmax or a sigmoid, and v = 1 / sigma^2 = 2 of the Gaussian."""
-    torch.manual_seed(0)
-    model, x = nn.Linear(5, 1000 if family == "categorical" else 30), torch.randn(20, 5)
-    z = model(x).double().detach()
-    p = z.softmax(1) if family == "categorical" else z.sigmoid()
-    v = 0 * z + 2 if family == "Gaussian" else p * (1 - p)
-    y = z.argmax(1) if family == "categorical" else 0 * z
-    found = compute_fisher_information(model, [(x, y)], CRITERIA[family])
-    truth = {"weight": v.T @ x.double() ** 2 / 20, "bias": v.mean(0)}
-    assert reference.error(found, truth) < 1e-5
-
-
-@FAMILIES
 def test_sampled_labels_are_unbiased_and_repeat_by_seed(family):
     """Means over 50 seeds lie within five standard errors of the exact Fisher."""
     model, (x, y) = small_mlp(n_in=2, hidden=2), data(5, family, n_in=2)
@@ -59,6 +45,8 @@ def test_sampled_labels_are_unbiased_and_repeat_by_seed(family):
     fisher = partial(compute_fisher_information, model, batches, CRITERIA[family], **how)
     draws = [fisher(seed=seed) for seed in range(50)]
     assert same_bits(fisher(seed=3), draws[3]) and same_bits(fisher(), draws[0])
+    for off in (torch.no_grad, torch.inference_mode):  # gradients may be off around the call
+        assert same_bits(off()(fisher)(), draws[0])
     for name, truth in reference.fisher(model, [(x, y)], family=family).items():
         found = torch.stack([d[name] for d in draws]).double()
         assert found.std(0).min() > 0  # other seeds, other labels
@@ -79,45 +67,20 @@ def test_the_batch_size_does_not_change_the_result(family, labels):
         assert_close(fisher(*sizes), fisher(1700), rtol=1e-5, atol=1e-9)
 
 
-def counting(module, passes):
-    """A model that notes how many examples each backward pass is for that reaches the module."""
-
-    def note(g):
-        passes.append(len(g))
-        assert len(passes) < 999, "too long for a test"
-
-    def forward(net, x):
-        h = net.a(x)
-        if h.requires_grad:
-            h.register_hook(note)
-        return 2 * h
-
-    return Net(forward, a=module)
-
-
-@pytest.mark.parametrize("family, saved", [("categorical", 1), ("Bernoulli", 0), ("Gaussian", 0)])
-def test_the_cost_is_that_many_backward_passes(family, saved):
-    """T (C - 1) for cross-entropy, T C for the others, and one for the other labels; here T = 4."""
-
-    def count(n_out, labels):
-        passes, x = [], torch.ones(500, 2, 4)
-        y = torch.zeros(500, 4).long() if family == "categorical" else torch.zeros(500, n_out, 4)
-        model = counting(nn.Conv1d(2, n_out, 1), passes)
-        compute_fisher_information(model, [(x, y)], CRITERIA[family], labels=labels)
-        return sum(n > 100 for n in passes)  # not those of a few examples
-
-    assert count(3, "sampled") == count(5, "sampled") == count(5, "empirical")
-    assert count(5, "exact") - count(5, "sampled") == 4 * (5 - saved) - 1
-
-
 @pytest.mark.parametrize("criterion, cost", [(CE, 32 * 1999), (BCE, 32 * 2000)])
 def test_a_long_exact_fisher_is_announced_before_it_starts(criterion, cost):
-    module, passes = nn.Sequential(nn.Linear(1, 64000), nn.Unflatten(1, (2000, 32))), []
-    y = torch.zeros(2, 32).long() if criterion is CE else torch.zeros(2, 2000, 32)
+    passes, y = [], torch.zeros(2, 32).long() if criterion is CE else torch.zeros(2, 2000, 32)
+
+    def forward(net, x):
+        z = net.a(x)
+        z.register_hook(lambda g: passes.append(len(g)))
+        return z.unflatten(1, (2000, 32))
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # so the warning also ends the call
         with pytest.raises(UserWarning, match="sampled") as raised:
-            compute_fisher_information(counting(module, passes), [(torch.ones(2, 1), y)], criterion)
+            model = Net(forward, a=nn.Linear(1, 64000))
+            compute_fisher_information(model, [(torch.ones(2, 1), y)], criterion)
         assert str(cost) in str(raised.value).replace(",", "") and len(passes) < 99
         compute_fisher_information(small_mlp(), [data(40)], CE)  # no word where it is short
 
@@ -125,6 +88,7 @@ def test_a_long_exact_fisher_is_announced_before_it_starts(criterion, cost):
 TYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.05}
 WAYS = {  # in which the gradients of examples are found
     "one row": (nn.Linear, (4, 3), lambda net, x: net.a(x[:, 0, 0])),
+    "many classes": (nn.Linear, (4, 500), lambda net, x: net.a(x[:, 0, 0])),
     "rows": (nn.Linear, (4, 3), lambda net, x: net.a(x[:, 0]).sum(1)),
     "patches": (nn.Conv2d, (2, 3, 2), lambda net, x: net.a(x).sum((2, 3))),
     "another module": (nn.LayerNorm, (4,), lambda net, x: net.a(x)[:, 0, 0]),
@@ -221,10 +185,8 @@ def test_one_number_per_example_may_come_as_a_column_or_flat_or_squeezed(family,
 
 CLASSES, NUMBERS = torch.arange(15).view(5, 3) % 3, draw(5, 3, 3)
 OWN = type("Own", (nn.CrossEntropyLoss,), {})()
-UNHASHABLE = type("Unhashable", (nn.SmoothL1Loss,), {"__eq__": lambda *_: False})()  # no __hash__
-BATCH_MEAN = nn.KLDivLoss(reduction="batchmean")
 OTHERS = [(partial(CE), CLASSES), (OWN, CLASSES), (F.smooth_l1_loss, NUMBERS)]
-OTHERS += [(UNHASHABLE, NUMBERS), (BATCH_MEAN, NUMBERS.softmax(1))]
+OTHERS += [(nn.KLDivLoss(reduction="batchmean"), NUMBERS.softmax(1))]
 
 
 @pytest.mark.parametrize("criterion, y", OTHERS)
@@ -268,11 +230,8 @@ FUNCTIONS = [F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.
 @pytest.mark.parametrize("family, function", zip([*CRITERIA, "categorical"], FUNCTIONS))
 def test_integer_labels_of_every_type_and_functions_serve_alike(family, function, labels):
     """The logarithm of a softmax has itself as its logits."""
-    last = nn.LogSoftmax(1) if family == "categorical" else nn.Identity()
-    model, (x, y) = (
-        small_mlp().append(last),
-        data(9, "Bernoulli" if family == "Gaussian" else family),
-    )
+    model = small_mlp().append(nn.LogSoftmax(1) if family == "categorical" else nn.Identity())
+    x, y = data(9, "Bernoulli" if family == "Gaussian" else family)
     wanted = compute_fisher_information(model, [(x, y)], CRITERIA[family], labels=labels)
     for dtype in INTEGERS:
         found = compute_fisher_information(model, [(x, y.to(dtype))], function, labels=labels)
@@ -299,7 +258,8 @@ def test_a_batch_may_have_several_inputs_by_position_or_by_name(form):
     """The batches stay as they were, and the first two of them serve as a loader."""
     torch.manual_seed(0)
     model, (x, y) = reference.TwoInputs(), data(13)
-    batches, plain = reference.in_form(form, x, y, 5), list(zip(x.split(5), y.split(5)))
+    plain = list(zip(x.split(5), y.split(5)))
+    batches = [reference.FORMS[form](*a.split([3, 2], 1), b) for a, b in plain]
     before, twin = str(batches), copy.deepcopy(model)
     for labels in ("exact", "empirical"):
         some = itertools.islice(batches, 2)
@@ -330,7 +290,8 @@ def test_random_numbers_devices_and_settings_are_left_to_the_user_meanwhile(labe
     and draws on where it was."""
     model, cudnn, (x, y), seen, drawn = nn.Linear(5, 3), torch.backends.cudnn, data(6), [], []
     monkeypatch.setattr(cudnn, "deterministic", True)
-    precision, run = cudnn.conv.fp32_precision, partial(compute_fisher_information, labels=labels)
+    newer = getattr(cudnn, "conv", SimpleNamespace(fp32_precision=None))  # torch 2.9 and later
+    precision, run = newer.fp32_precision, partial(compute_fisher_information, labels=labels)
 
     def loader():
         drawn.append(torch.rand((), device="cpu").item())
@@ -344,10 +305,10 @@ def test_random_numbers_devices_and_settings_are_left_to_the_user_meanwhile(labe
     assert [*drawn, torch.rand(()).item()] == wanted and list(loader()) and seen[0] == seen[1]
     try:
         torch.set_default_device("meta")
-        cudnn.conv.fp32_precision = "ieee"  # the newer kind of setting
+        newer.fp32_precision = "ieee"
         assert same_bits(found, run(model, [(x, y)], CE))
     finally:
-        cudnn.conv.fp32_precision = precision
+        newer.fp32_precision = precision
         torch.set_default_device(None)
 
 
@@ -361,6 +322,7 @@ class Restless(nn.Module):
         self.words = nn.Embedding(2, 3, max_norm=0.5)
         self.frozen = nn.Embedding(2, 3, max_norm=0.5).requires_grad_(False)
         self.register_buffer("changed", torch.zeros(1))
+        self.register_buffer("graph", torch.eye(2).to_sparse())
         self.register_buffer("grown", torch.zeros(1), persistent=False)
         self.broken = False
 
@@ -383,7 +345,7 @@ class Restless(nn.Module):
         return (
             [(id(p), p.tolist(), p.requires_grad) for p in self.parameters()],
             [(id(g), g if g is None else g.tolist()) for g in grads],
-            [(name, b.tolist()) for name, b in self.named_buffers()],
+            [(name, b.to_dense().tolist()) for name, b in self.named_buffers()],
             [(k, v if k == "training" else k.endswith("hooks") and len(v)) for k, v in parts],
             [torch.get_rng_state().tolist(), torch.is_grad_enabled()],
         )
@@ -414,17 +376,6 @@ def test_nothing_of_the_model_is_changed_also_when_it_breaks_half_way(labels, er
     assert model.traces() == before
 
 
-@pytest.mark.parametrize("grads", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("mode", [True, False])
-def test_evaluation_mode_is_what_counts_and_gradients_may_be_off(mode, grads):
-    """Dropout is off and batch statistics are the stored ones, whatever mode the model is in."""
-    torch.manual_seed(0)
-    model, batch = Restless(), data(8)
-    with grads():
-        found = compute_fisher_information(model.train(mode), [batch], CE)
-    assert reference.error(found, reference.fisher(model, [batch])) < 1e-5
-
-
 X, Y = torch.ones(6, 4), torch.zeros(6, dtype=torch.long)
 LINEAR = small_mlp(4, 3)[0]
 
@@ -445,8 +396,7 @@ def case(error, *words, model=LINEAR, criterion=CE, x=X, y=Y, **options):
 V, T = ValueError, TypeError
 ONES = torch.ones(3)
 WEIGHTED, SMOOTH = nn.CrossEntropyLoss(ONES), nn.CrossEntropyLoss(label_smoothing=0.1)
-POS_WEIGHT, BCE_WEIGHT = nn.BCEWithLogitsLoss(pos_weight=ONES), nn.BCEWithLogitsLoss(ONES)
-SUM = nn.CrossEntropyLoss(reduction="sum")
+POS_WEIGHT, SUM = nn.BCEWithLogitsLoss(pos_weight=ONES), nn.CrossEntropyLoss(reduction="sum")
 SICK = copy.deepcopy(LINEAR)
 SICK.weight.data[1, 2] = NAN
 NO_DATA = {  # these need no data, so they are told before any is read
@@ -455,7 +405,6 @@ NO_DATA = {  # these need no data, so they are told before any is read
     "class weights": case(V, "weight", "plain", criterion=WEIGHTED),
     "class weights, empirical": case(V, "weight", "plain", criterion=WEIGHTED, labels="empirical"),
     "class weights, NLL": case(V, "weight", "plain", criterion=nn.NLLLoss(ONES)),
-    "weights, BCE": case(V, "weight", "plain", criterion=BCE_WEIGHT, labels="sampled"),
     "pos_weight": case(V, "pos_weight", "plain", criterion=POS_WEIGHT),
     "label smoothing": case(V, "label_smoothing", "plain", criterion=SMOOTH),
     "no distribution": case(V, "L1Loss", "'empirical'", criterion=nn.L1Loss()),
@@ -476,18 +425,14 @@ BAD_DATA = {
     "empty loader": case(V, *NO_EXAMPLES, "empty", loader=[]),
     "all labels ignored": case(V, *NO_EXAMPLES, "ignored", y=Y - 100),
     "no labels": case(T, "loader", "labels", loader=[{"x": X, "y": Y}]),
-    "loader of lists": case(T, *PAIRS, "list", x=X.tolist()),
     "more inputs than labels": case(T, *PAIRS, "6, 4", "5", y=Y[:5]),
     "NaN input": case(V, "outputs", "x ", "finite", x=changed(X, NAN)),
-    "one logit": case(V, "labels y", "two classes", model=nn.Linear(4, 1)),
-    "label too large": case(V, "labels y", "0..2", "got 3", y=changed(Y, 3)),
     "soft labels": case(V, "labels y", "class indices", "float32", "3)", y=X[:, :3] / 3),
     "BCE out of range": case(V, "labels y", "0..1", "2", y=TWOS, criterion=BCE),
     "MSE would broadcast": case(V, "labels y", "3)", "1)", y=Y[:, None], criterion=MSE),
     "MSE of NaN": case(FloatingPointError, "clean y", y=NANS, criterion=MSE, labels="empirical"),
     "overflow": case(FloatingPointError, "'weight'", "scale x", x=1e20 * X, model=FLAT),
     "late NaN input": case(V, "x ", "finite", loader=[(X, Y)] * 900 + [(changed(X, NAN), Y)]),
-    "late label": case(V, "labels y", "got 7", loader=[(X, Y)] * 900 + [(X, changed(Y, 7))]),
 }
 
 

@@ -62,9 +62,8 @@ def test_accuracy_is_the_share_of_labels_with_the_largest_logit():
 def test_accuracy_does_not_count_what_is_ignored_and_needs_something_to_count():
     model, z = Net(lambda net, z: z, unused=nn.Linear(1, 1)), torch.eye(3)
     assert accuracy(model, z, torch.tensor([0, 1, -100])) == 1.0
-    assert (
-        accuracy(model, iter([(z, torch.tensor([-100, 2, -100])), (z, torch.arange(3))])) == 3 / 4
-    )
+    batches = [(z, torch.tensor([-100, 2, -100])), (z, torch.arange(3))]
+    assert accuracy(model, iter(batches)) == 3 / 4
     for data in ((z[:0], torch.arange(0)), ([],), (z, torch.full((3,), -100))):
         with refused(ValueError, "0 ", "empty"):
             accuracy(model, *data)
@@ -81,36 +80,30 @@ class Merging(nn.Sequential):
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_modes_are_put_back_also_by_a_train_method_of_ones_own(mode):
-    model = Merging(nn.Linear(4, 3), nn.Dropout()).train(mode)
-    for run in reference.all_that_runs(model, [(torch.randn(6, 4), torch.arange(6) % 3)]).values():
+def test_evaluation_mode_is_put_back_also_by_a_train_method_of_ones_own(mode):
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 50), nn.BatchNorm1d(50).requires_grad_(False), nn.Dropout(0.9)
+    model, x = Merging(*layers, nn.Linear(50, 3)).train(mode), torch.randn(40, 6)
+    model[1].train(not mode)
+    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
+    y = copy.deepcopy(model).eval()(x).argmax(1)
+    assert accuracy(model, x, y) == 1.0
+    assert same_bits(model.state_dict(), state)
+    for run in reference.all_that_runs(model, [(x, y)]).values():
         run()
-        assert [m.training for m in model.modules()] == [mode] * 3
+        assert [m.training for m in model.modules()] == modes
         assert model.merged == (not mode)
 
 
-def test_accuracy_runs_in_evaluation_mode_and_puts_every_mode_back():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 50), nn.BatchNorm1d(50), nn.Dropout(0.9), nn.Linear(50, 3))
-    x = torch.randn(40, 6)
-    y = copy.deepcopy(model).eval()(x).argmax(1)
-    model[1].eval()
-    modes, state = [m.training for m in model.modules()], copy.deepcopy(model.state_dict())
-    assert accuracy(model, x, y) == 1.0
-    assert [m.training for m in model.modules()] == modes and same_bits(model.state_dict(), state)
+def squeezed(logits, loss):
+    return logits.squeeze()  # also in a last batch of one example
 
 
-WRAPS = {
-    "a dict": lambda z: {"loss": None, "logits": z},
-    "squeezed": lambda z: z.squeeze(),  # also in a last batch of one example
-    "an object": lambda z: types.SimpleNamespace(logits=z),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", [dict, squeezed, types.SimpleNamespace])
 def test_logits_are_found_in_what_the_model_returns(wrap):
     out, x = network(), torch.randn(9, 6)
-    model, y = Net(lambda net, x: WRAPS[wrap](net.out(x)), out=out), out(x).argmax(1)
+    model = Net(lambda net, x: wrap(loss=None, logits=net.out(x)), out=out)
+    y = out(x).argmax(1)
     assert accuracy(model, x, y, batch_size=4) == 1.0
     found, batches = [], list(zip(x.split(4), y.split(4)))
     for m in (model, network()):
@@ -162,12 +155,14 @@ def test_the_anchor_is_a_copy_that_does_not_move_and_can_be_differentiated_aroun
     torch.testing.assert_close(model.layers[1].weight.grad, torch.full((5, 6), 1.0))
 
 
-def test_the_anchor_holds_the_trainable_and_real_parameters_by_their_plain_names():
-    model = network()
+def test_anchor_and_fisher_hold_the_trainable_and_real_parameters_by_their_plain_names():
+    model, batch = network(), (torch.randn(9, 6), torch.arange(9) % 3)
     model.layers[1].weight.requires_grad_(False)
     names = [name for name, _ in model.named_parameters()][1:]
+    fisher = compute_fisher_information(model, [batch], CE)
     for wrapped in (model, nn.DataParallel(model), nn.DataParallel(torch.compile(model))):
         assert list(take_anchor(wrapped)) == names
+        assert_close(compute_fisher_information(wrapped, [batch], CE), fisher)
     with refused(ValueError, "model", "gradients", "[]"):
         take_anchor(network().requires_grad_(False))
     with refused(ValueError, "real", "['w']"):

@@ -128,11 +128,7 @@ CHANGES = {  # the change of a dictionary, what the error must name
     "NaN": (lambda d: d | {W: with_entry(NAN)}, (W, "nan", "finite")),
     "infinity": (lambda d: d | {W: with_entry(INF)}, (W, "inf", "finite")),
     "a layer that is new": (lambda d: {k: d[k] for k in d if k != W}, (W, *LACKS)),
-    "the prefix of a wrapper": (
-        lambda d: {f"module.{k}": d[k] for k in d},
-        ("module." + W, *LACKS),
-    ),
-    "nothing": (lambda d: {}, (W, *LACKS)),
+    "a wrapper's prefix": (lambda d: {f"module.{k}": d[k] for k in d}, ("module." + W, *LACKS)),
 }
 
 

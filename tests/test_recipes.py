@@ -4,7 +4,7 @@ import contextlib
 import copy
 import io
 import re
-import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,10 +28,10 @@ def blocks(text):
     return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-FIRST, IN_PLACE = blocks(README)
+(FIRST,) = blocks(README)
 RECIPE = dict(zip(re.findall(r"^## (.*)$", RECIPES, re.MULTILINE), blocks(RECIPES)))
-PARTS, FROZEN, HEAD, LORA, TEXT, LIGHTNING = RECIPE
-ALL = {"README": IN_PLACE, **RECIPE}
+IN_PLACE, PARTS, MIXED, FROZEN, GROWN, HEADS, _, PACKED, _, LORA, TEXT, LIGHTNING = RECIPE
+GAIN = {HEADS: 5, PACKED: 5}  # points on task A, at least; 10 for the others
 
 
 def run(source, names):
@@ -59,21 +59,21 @@ def recipe(first):
     done = {}
 
     def get(title):
-        library = re.match(r"# (\w+)\n", ALL[title])
+        library = re.match(r"# (\w+)\n", RECIPE[title])
         if library:
             pytest.importorskip(library[1])
         if title not in done:
             torch.manual_seed(0)
             names = dict(first[0])
-            done[title] = names, run(ALL[title], names)
+            done[title] = names, run(RECIPE[title], names)
         return done[title]
 
     return get
 
 
-def trained(train, model, task, penalty, **kwargs):
+def trained(train, model, loader, penalty, **kwargs):
     learner = copy.deepcopy(model)
-    train(learner, task, penalty, **kwargs)
+    train(learner, loader, penalty, **kwargs)
     return take_anchor(learner)
 
 
@@ -82,8 +82,9 @@ def penalty_for(model):
     return fisher, anchor, 0.5
 
 
-def small(task, n=200):
-    return task._replace(train_x=task.train_x[:n], train_y=task.train_y[:n])
+def few(task, n=4):
+    """The first batches for training, 50 images each."""
+    return task[0][:n]
 
 
 # ---------------------------------------------------------------- the texts
@@ -93,22 +94,26 @@ def test_the_readme_is_short_every_recipe_has_one_block_and_no_block_is_wide():
     assert README[: README.index("## References")].count("\n") <= 150
     sections = RECIPES.split("\n## ")[1:]
     assert [section.count("```python") for section in sections] == [1] * len(RECIPE)
-    lines = "".join([FIRST, *ALL.values()]).splitlines()
+    lines = "".join([FIRST, *RECIPE.values()]).splitlines()
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_every_relative_link_leads_to_a_file():
+def test_every_relative_link_leads_to_a_file_and_every_recipe_has_its_links():
     for text, folder in ((README, ROOT), (RECIPES, ROOT / "tests")):
-        links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-        assert links and [link for link in links if not (folder / link).exists()] == []
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        links = re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", prose)
+        assert [file for file, _ in links if not (folder / file).exists()] == []
+        anchors = [re.sub(r"[^\w-]", "", title.replace(" ", "-")).lower() for title in RECIPE]
+        assert [anchor for _, anchor in links if anchor] == anchors
 
 
 def test_the_map_of_the_module_names_its_sections_and_what_is_there():
     source = (ROOT / "ewc_utils.py").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\w[\w ]*) \| (.*) \| (.*`test_\w+\.py`.*) \|$", README, re.MULTILINE)
-    assert [row[0] for row in rows] == re.findall(r"^# -{8,} (.*)$", source, re.MULTILINE)
+    sections = re.findall(r"^# -{8,} ([\w ]+)", source, re.MULTILINE)
+    assert [row[0] for row in rows] == sections[: sections.index("engine") + 1]
     for section, what, files in rows:
-        part = source.split(f"- {section}\n")[1].split("# -----")[0]
+        part = source.split(f"# -------- {section}")[1].split("# -----")[0]
         for name in re.findall(r"`(\w+)`", what):
             assert re.search(rf"^(def|class) {name}\b", part, re.MULTILINE), name
         assert all((ROOT / "tests" / file).exists() for file in re.findall(r"`(.*?)`", files))
@@ -127,12 +132,12 @@ def test_the_first_loop_prints_what_the_readme_says(first):
     assert free_b == pytest.approx(wanted[2], abs=3)
 
 
-@pytest.mark.parametrize("title", ALL)
+@pytest.mark.parametrize("title", RECIPE)
 def test_with_the_penalty_less_is_forgotten_and_task_b_is_learned(title, recipe):
     (zero, free_a, free_b), (strength, on_a, on_b) = recipe(title)[1]
     assert zero == 0 < strength
-    assert on_a >= free_a + 15
-    assert on_b >= max(80, free_b - 6)
+    assert on_a >= free_a + GAIN.get(title, 10)
+    assert on_b >= max(80, free_b - 8)
 
 
 # ---------------------------------------------------------------- what they compute
@@ -140,9 +145,9 @@ def test_with_the_penalty_less_is_forgotten_and_task_b_is_learned(title, recipe)
 
 def test_all_loops_take_the_same_steps(first, recipe):
     """The loss term, the gradient in place, five parts of a batch, and a batch not cut evenly."""
-    names, task = first[0], small(first[0]["task_b"])
+    names, task = first[0], few(first[0]["task_b"])
     model, penalty = names["model"], penalty_for(names["model"])
-    in_place = recipe("README")[0]["train_in_place"]
+    in_place = recipe(IN_PLACE)[0]["train_in_place"]
     in_parts = recipe(PARTS)[0]["train_in_parts"]
     wanted = trained(names["train"], model, task, penalty)
     free = trained(names["train"], model, task, (*penalty[:2], 0))
@@ -155,10 +160,21 @@ def test_all_loops_take_the_same_steps(first, recipe):
     assert max((wanted[k] - free[k]).abs().max() for k in wanted) > 0.05
 
 
+def test_the_factor_of_the_scaler_reaches_neither_the_penalty_nor_the_clip(first, recipe):
+    names, scaler, found = recipe(MIXED)[0], torch.amp.GradScaler, []
+    penalty = penalty_for(names["model"])
+    for factor in (1.0, 2.0**12):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=factor))
+            task = few(names["task_b"])
+            found.append(trained(names["train_mixed"], names["model"], task, penalty))
+    reference.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
 def test_frozen_batchnorm_keeps_its_statistics_and_may_remember_less(first, recipe):
     names, printed = recipe(FROZEN)
     frozen, free = (copy.deepcopy(names["normalised"]) for _ in range(2))
-    before, task = copy.deepcopy(frozen.layers[2]), small(names["task_b"])
+    before, task = copy.deepcopy(frozen.layers[2]), few(names["task_b"])
     penalty = penalty_for(frozen)
     names["train_frozen"](frozen, task, penalty)
     names["train"](free, task, penalty)
@@ -171,7 +187,7 @@ def test_frozen_batchnorm_keeps_its_statistics_and_may_remember_less(first, reci
 
 
 def test_a_grown_head_computes_the_old_logits_and_its_new_rows_are_free(recipe):
-    names, _ = recipe(HEAD)
+    names, _ = recipe(GROWN)
     model = ewc_utils.SimpleMLP(784, 16, 8)
     fisher, anchor = reference.random_penalty(model)
     x = torch.rand(5, 784)
@@ -193,38 +209,38 @@ def test_only_the_adapters_of_lora_have_a_fisher_and_move(recipe):
     pytest.importorskip("peft")
     names, _ = recipe(LORA)
     net = names["get_peft_model"](copy.deepcopy(names["model"]), names["config"])
-    names["train"](net, small(names["task_a"]))  # at the start one factor of each adapter is 0
-    x, y = names["task_a"].train_x[:20], names["task_a"].train_y[:20]
+    names["train"](net, few(names["task_a"]))  # at the start one factor of each adapter is 0
+    x, y = few(names["task_a"])[0]
     fisher, anchor = compute_fisher_information(net, [(x, y)], names["criterion"]), take_anchor(net)
     assert fisher.keys() == anchor.keys() and len(fisher) == 4
     assert all("lora_" in name for name in fisher)
     assert reference.error(fisher, reference.fisher(net, [(x.double(), y)])) < 1e-4
     before = copy.deepcopy(net.state_dict())
-    names["train"](net, small(names["task_b"]), (fisher, anchor, 1.0))
+    names["train"](net, few(names["task_b"]), (fisher, anchor, 1.0))
     moved = {k for k, t in net.state_dict().items() if not torch.equal(t, before[k])}
     assert moved == fisher.keys()
 
 
-def test_the_fisher_of_padded_texts_is_that_of_the_texts_alone(recipe):
-    """So the attention mask counts. A mask of four dimensions also avoids the slow way."""
-    pytest.importorskip("transformers")
-    names, _ = recipe(TEXT)
-    bert, x, y = names["bert"], names["texts"](0).train_x[:40], torch.zeros(40, dtype=torch.long)
-    assert {3, 8} <= set(x[:, 1].sum(1).tolist()), "short texts and one that needs no padding"
-    forwards = (
-        lambda m, x: m.net(input_ids=x[:, 0, : x[0, 1].sum()]).logits,
-        lambda m, x: m.net(input_ids=x[:, 0]).logits,
-    )
-    alone, unmasked = (reference.fisher(Net(f, net=bert), [(x, y)]) for f in forwards)
-    found = compute_fisher_information(names["Text"](bert), [(x, y)], names["criterion"])
+@pytest.mark.parametrize("title", [PACKED, TEXT])
+def test_the_fisher_of_padded_texts_is_that_of_the_texts_alone(title, recipe):
+    """So the lengths and the attention mask count: with the padding read as words it differs."""
+    names, _ = recipe(title)
+    if title == PACKED:
+        net, loader = names["Reader"](), names["texts"](False)[0]
+        whole = lambda m, x: m.net.head(m.net.gru(m.net.embedding(x))[1][0])  # noqa: E731
+        short = lambda m, x: m.net(x[:, : (x[0] > 0).sum()])  # noqa: E731
+        batch = ids, y = [torch.cat(parts) for parts in zip(*loader[:4])]
+    else:
+        net, loader = names["BertForSequenceClassification"](names["config"]), names["texts"](0)[0]
+        whole = lambda m, x: m.net(input_ids=x).logits  # noqa: E731
+        short = lambda m, x: whole(m, x[:, : (x[0] > 0).sum()])  # noqa: E731
+        batch = {name: torch.cat([parts[name] for parts in loader[:4]]) for name in loader[0]}
+        ids, y = batch["input_ids"], batch["labels"]
+    assert {3, 8} <= set((ids > 0).sum(1).tolist()), "short texts and one that needs no padding"
+    found = compute_fisher_information(net, [batch], names["criterion"])
+    found = {f"net.{name}": f for name, f in found.items()}
+    alone, unmasked = (reference.fisher(Net(f, net=net), [(ids, y)]) for f in (short, whole))
     assert reference.error(found, alone) < 1e-3 and reference.error(found, unmasked) > 0.1
-    mask = "attention_mask=x[:, 1, None, None].bool()"
-    assert mask in RECIPES
-    wide = eval(f"lambda m, x: m.net(input_ids=x[:, 0], {mask}).logits")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the Fisher")
-        found = compute_fisher_information(Net(wide, net=bert), [(x, y)], names["criterion"])
-    assert reference.error(found, alone) < 1e-3
 
 
 def test_transformers_adds_the_penalty_once_per_optimizer_step(recipe, monkeypatch):
@@ -238,13 +254,13 @@ def test_transformers_adds_the_penalty_once_per_optimizer_step(recipe, monkeypat
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: steps.append(1) or step(*a))
 
     def counted(model, *penalty):
-        before = model.net.classifier.weight.grad.clone()
+        before = model.classifier.weight.grad.clone()
         add_ewc_gradients(model, *penalty)
-        pulls.append((len(steps), not torch.equal(model.net.classifier.weight.grad, before)))
+        pulls.append((len(steps), not torch.equal(model.classifier.weight.grad, before)))
 
     monkeypatch.setitem(names, "add_ewc_gradients", counted)
-    model = names["Text"](copy.deepcopy(names["bert"]))
-    names["train_text"](model, small(names["texts"](0), 120), penalty_for(model))
+    model = names["BertForSequenceClassification"](names["config"])
+    names["train_text"](model, names["texts"](0)[0][:6], penalty_for(model))
     assert pulls == [(n, True) for n in range(3 * 3)]
 
 
@@ -252,7 +268,7 @@ def test_lightning_takes_the_steps_of_the_loop_and_its_hook_moves_the_penalty(re
     """With one batch an epoch, because it draws another order of the batches."""
     pytest.importorskip("lightning")
     names, _ = recipe(LIGHTNING)
-    task, penalty = small(names["task_b"], 50), penalty_for(names["model"])
+    task, penalty = few(names["task_b"], 1), penalty_for(names["model"])
     wanted = trained(names["train"], names["model"], task, penalty)
     found = trained(names["fit"], names["model"], task, penalty)
     reference.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

@@ -10,19 +10,18 @@ import torch
 from reference import BCE, CE, MSE, Net, assert_close, draw, random_penalty, refused, same_bits
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import SGD, Adam, RMSprop
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import ewc_utils
 from ewc_utils import SimpleMLP, compute_fisher_information, ewc_loss, take_anchor
 
-SGD = torch.optim.SGD
 OPTIMIZERS = {
     "SGD": lambda ps: SGD(ps, lr=0.1),
     "rates": lambda ps: SGD([{"params": [p], "lr": 0.1 / (i + 1)} for i, p in enumerate(ps)]),
     "Nesterov": lambda ps: SGD(ps, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "Adam": lambda ps: torch.optim.Adam(ps, lr=0.01),
-    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.01, weight_decay=0.1),
+    "Adam": lambda ps: Adam(ps, lr=0.01),
 }
 BOTH = pytest.mark.parametrize("penalty", ["explicit", "implicit"])
 PLAIN = None, None, 0  # no Fisher, no anchor, lambda 0
@@ -45,13 +44,6 @@ def train(model, *penalty, loader=BATCHES, criterion=CE, optimizer=None, **how):
 def network():
     torch.manual_seed(0)
     return SimpleMLP(6, (5, 4), 3).double()
-
-
-def one_weight(dtype=torch.float64):
-    """theta x with theta = 1."""
-    model = nn.Linear(1, 1, bias=False).to(dtype)
-    nn.init.ones_(model.weight)
-    return model
 
 
 def by_hand(model, loader, optimizer, *, penalty=None, criterion=CE, after=None):
@@ -224,16 +216,17 @@ def test_ewc_at_the_ratio_of_examples_lands_on_the_joint_solution(penalty, how, 
     assert (solve(ratio / 2) - joint).abs().max() > 0.01  # a 1/2 in the wrong place would be seen
 
 
-@pytest.mark.parametrize("momentum, limit", [(0, 2), (0.5, 3), (0.9, 3.8)])
-def test_the_explicit_step_is_stable_up_to_the_documented_limit(momentum, limit):
+@pytest.mark.parametrize("momentum", [0, 0.5, 0.9])
+def test_the_explicit_step_is_stable_up_to_the_documented_limit(momentum):
     """A spring alone (x = 0): the weight shrinks while lr lambda F < 2 (1 + momentum)."""
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-    for share, least, most in ((0.97, 0, 0.01), (1.03, 100, math.inf)):
-        model = one_weight()
+    zero, model, ends = torch.zeros(1, 1).double(), nn.Linear(1, 1, bias=False).double(), []
+    for share in (0.97, 1.03):
+        nn.init.ones_(model.weight)
+        args = {"weight": zero + 2}, {"weight": zero}, share * 2 * (1 + momentum)
         optimizer = SGD(model.parameters(), lr=0.5, momentum=momentum)
-        args = {"weight": zero + 2}, {"weight": zero}, share * limit
         train(model, *args, loader=[(zero, zero)] * 300, criterion=MSE, optimizer=optimizer)
-        assert least <= model.weight.abs().item() < most
+        ends.append(model.weight.abs().item())
+    assert ends[0] < 0.01 and ends[1] > 100
 
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -271,7 +264,7 @@ def test_the_callback_comes_before_the_first_step_and_after_every_step(penalty):
     assert same_bits(fisher, before[0]) and same_bits(anchor, before[1])
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_are_kept_in_training_and_put_back_after_evaluation(training, error):
     """A BatchNorm that was frozen by eval() stays so within a model in training mode."""
@@ -282,9 +275,9 @@ def test_modes_are_kept_in_training_and_put_back_after_evaluation(training, erro
     def callback(step, m):
         during.append(modes(m))
         if step == 2:
-            raise error or StopAsyncIteration
+            raise error
 
-    with pytest.raises(error or StopAsyncIteration):
+    with pytest.raises(error):
         train(model, callback=callback)
     assert during[2] == (before if training else [True] * len(before))
     assert modes(model) == before
@@ -315,47 +308,38 @@ def test_divergence_is_an_error_with_the_remedy_and_puts_everything_back(end):
 W, V, T = "layers.1.weight", ValueError, TypeError
 
 
-def case(error, *words, x=X, y=Y, lambda_ewc=1.0, **change):
-    return error, words, {"train_loader": [(x, y)], "lambda_ewc": lambda_ewc} | change
+def case(error, *words, **change):
+    return error, words, {"train_loader": [(X, Y)], "lambda_ewc": 1.0} | change
 
 
-PAIRS, IMPLICIT = ("loader", "(x, y)"), {"penalty": "implicit"}
-ADAM, RMSPROP = torch.optim.Adam, torch.optim.RMSprop
+IMPLICIT = {"penalty": "implicit"}
 CASES = {
-    "no Fisher": case(T, "fisher_dict", "dict", fisher_dict=None),
     "empty loader": case(V, "train_loader", "0 batches", train_loader=[]),
-    "no batches": case(T, *PAIRS, train_loader=[X]),
-    "more inputs than labels": case(T, *PAIRS, "70, 6", "5", y=Y[:5]),
-    "BCE out of range": case(V, "labels y", "0..1", "-1", y=0 * X[:, :3] - 1, criterion=BCE),
     "an iterator": case(V, "train_loader", "1 of 2", epochs=2, train_loader=iter(BATCHES)),
     "LBFGS": case(T, "LBFGS", "closure", optimizer=torch.optim.LBFGS),
     "maximize": case(V, "maximize=True", optimizer=lambda ps: SGD(ps, lr=0.1, maximize=True)),
     "some parameters": case(V, "optimizer", W, optimizer=lambda ps: SGD(list(ps)[1:])),
-    "Adam, implicit": case(V, "SGD", "Adam", "'explicit'", optimizer=ADAM, **IMPLICIT),
-    "RMSprop, implicit": case(V, "SGD", "RMSprop", "'explicit'", optimizer=RMSPROP, **IMPLICIT),
+    "Adam, implicit": case(V, "SGD", "Adam", "'explicit'", optimizer=Adam, **IMPLICIT),
+    "RMSprop, implicit": case(V, "SGD", "RMSprop", "'explicit'", optimizer=RMSprop, **IMPLICIT),
     "epochs 0": case(V, "epochs", "at least 1", "0", epochs=0),
     "penalty unknown": case(V, "'explicit'", "'implicit'", "'soft'", penalty="soft"),
     "every 0": case(V, "every", "at least 1", "0", every=0, **IMPLICIT),
     "every 8, explicit": case(V, "every", "1", "8", every=8),
-    "lambda None": case((T, V), "lambda_ewc", "None", lambda_ewc=None),
     "momentum 1": case(V, "momentum", "1", optimizer=lambda p: SGD(p, 0.1, 1.0), **IMPLICIT),
     "a plateau": case((T, V), "scheduler", "ReduceLROnPlateau", scheduler=ReduceLROnPlateau),
-    "infinite weights": case(FloatingPointError, "not finite", "put back", scale=math.inf),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_told_before_the_first_step(name):
     error, words, change = CASES[name]
-    model, twin, (fisher, anchor) = network(), network(), random_penalty(network())
-    for m in (model, twin):
-        m.layers[1].weight.data *= change.get("scale", 1)
+    model, (fisher, anchor) = network(), random_penalty(network())
     model.layers[2].eval()
     given = {"criterion": CE, "optimizer": SGD, "fisher_dict": fisher, "optimal_params": anchor}
-    given |= {name: value for name, value in change.items() if name != "scale"}
+    given |= change
     given["optimizer"] = given["optimizer"](model.parameters())
     given |= {k: make(given["optimizer"]) for k, make in given.items() if k == "scheduler"}
     with refused(error, *words):
         ewc_utils.train_with_ewc(model, **given)
-    assert same_bits(model.state_dict(), twin.state_dict())
+    assert same_bits(model.state_dict(), network().state_dict())
     assert modes(model).count(False) == 1
