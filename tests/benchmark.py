@@ -1,10 +1,7 @@
-"""What the Fisher and the penalty cost, as ratios: python tests/benchmark.py [images]
+"""What the Fisher and the penalty cost, in wall time: python tests/benchmark.py [images]
 
-Not collected as a test. Run it on an idle machine. It measures wall time, which is what a user
-waits for, first with the threads that torch chooses, then with one. The candidates of a table take
-turns in one process, after a warm-up each. A ratio is the median of the ratios within a round.
-"plain" is a forward and backward pass over the same examples, in batches of 128. BackPACK takes
-part where it is installed, on the networks that it knows.
+Run it on an idle machine. Ratios are medians of the ratios within a round. "plain" is a forward and
+backward pass over the same examples in batches of 128. BackPACK takes part if it is installed.
 """
 
 import copy

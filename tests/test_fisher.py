@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import itertools
 import math
 import multiprocessing
@@ -310,6 +311,14 @@ def test_random_numbers_devices_and_settings_are_left_to_the_user_meanwhile(labe
     finally:
         newer.fp32_precision = precision
         torch.set_default_device(None)
+
+
+def test_no_graph_outlives_the_call():
+    counts, model, batch = [], small_mlp(), data(9)
+    for _ in range(2):
+        compute_fisher_information(model, [batch], CE)
+        counts.append(sum(map(torch.is_tensor, gc.get_objects())))
+    assert counts[0] == counts[1]
 
 
 class Restless(nn.Module):
