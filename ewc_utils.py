@@ -647,7 +647,7 @@ def nearest_kronecker_sum(first, second):
 STYLE = {"fine-tuning": ("#C44E00", "--"), "Adam": ("#D98200", (0, (1, 1))),
          "L2": ("#8A6D00", "-."), "two numbers": ("#009E73", (0, (7, 2))),
          "EWC": ("#0060B0", "-"), "Kronecker EWC": ("#1A1A1A", (0, (5, 1, 1, 1))),
-         "joint": ("#6E6E6E", ":"), "replay": ("#AA4499", (0, (3, 1, 1, 1, 1, 1)))}  # fmt: skip
+         "joint": ("#6E6E6E", ":")}  # fmt: skip
 FIGURES = {"figure.figsize": (7.5, 3.3), "figure.dpi": 100, "figure.facecolor": "white",
            "figure.constrained_layout.use": True, "axes.spines.top": False, "font.size": 9,
            "axes.spines.right": False, "axes.titlelocation": "left"}  # fmt: skip
@@ -676,14 +676,14 @@ def side_by_side(function, jobs, label):
         pool.shutdown(cancel_futures=True)
 
 
-def show_images(images, names, title, rows=1, cmap="gray_r"):
+def show_images(images, names, title, rows=1):
     """Images of 28 x 28 pixels in rows, each below its name."""
     from matplotlib import pyplot as plt
 
     shape, height = (rows, len(images) // rows), 0.3 + 0.9 * rows + 0.15 * names[0].count("\n")
     fig, axes = plt.subplots(*shape, figsize=(7.5, height), squeeze=False)
     for ax, image, name in zip(axes.flat, images, names):
-        ax.imshow(torch.as_tensor(image).reshape(28, 28).numpy(), cmap=cmap)
+        ax.imshow(torch.as_tensor(image).reshape(28, 28).numpy(), cmap="gray_r")
         ax.set_title(name, fontsize=9, loc="center")
         ax.axis("off")
     fig.suptitle(title, x=0.01, ha="left")
