@@ -212,7 +212,8 @@ class _Spring:
 
     def energy(self):
         """sum_i F_i (theta_i - theta*_i)^2"""
-        return (self.fisher * self.displacement() ** 2).sum()
+        d = self.displacement()
+        return (self.fisher * d * d).sum()
 
     @torch.no_grad()
     def add_gradient(self, lambda_ewc):
@@ -788,11 +789,10 @@ class _Likelihood:
     def directions(self, z, y):
         """Vectors v like z, one for each pass, with sum_v v v^T = E_y[s s^T] for each example."""
         wide = _wide(z.detach())
-        counted = (y != self.ignore_index).unsqueeze(1) if self.family == "categorical" else 1
-        for v in self.roots(wide) if self.labels == "exact" else [self.score(wide, y)]:
-            yield (v * counted).to(z.dtype)
+        for v in self.roots(wide, y) if self.labels == "exact" else [self.score(wide, y)]:
+            yield v.to(z.dtype)
 
-    def roots(self, z):
+    def roots(self, z, y):
         """The columns of a root of the covariance of s."""
         passes = z[0].numel()
         if self.family == "categorical":
@@ -806,20 +806,24 @@ class _Likelihood:
                 yield variance.sqrt() * one.view_as(z[0])
             return
         # Draw y in C - 1 independent steps, "c or a later class": one direction for each.
-        p = z.softmax(1).reshape(*z.shape[:2], -1)
-        q = p.flip(1).cumsum(1).flip(1).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
-        root = (p[:, :-1] * q[:, 1:] / q[:, :-1]).sqrt()
-        for t in range(p.shape[2]):
-            for c in range(p.shape[1] - 1):
+        p = z.softmax(1) * (y != self.ignore_index).unsqueeze(1)
+        p = p.flatten(2).permute(1, 2, 0) if p.dim() > 2 else p.T.unsqueeze(1)
+        p = p.contiguous()  # (classes, positions, examples): whole rows in what follows
+        q = p.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
+        root = (p[:-1] * q[1:] / q[:-1]).sqrt()
+        later = -root / q[1:]
+        for t in range(p.shape[1]):
+            for c in range(p.shape[0] - 1):
                 v = torch.zeros_like(p)
-                v[:, c, t] = root[:, c, t]
-                v[:, c + 1 :, t] = p[:, c + 1 :, t] * (-root[:, c, t] / q[:, c + 1, t])[:, None]
-                yield v.view_as(z)
+                v[c, t] = root[c, t]
+                v[c + 1 :, t] = p[c + 1 :, t] * later[c, t]
+                yield v.permute(2, 0, 1).reshape(z.shape)
 
     def score(self, z, y):
         """d log p(y | z) / d z"""
         if self.family == "categorical":
-            return F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1) - z.softmax(1)
+            one = F.one_hot(y.clamp(0, z.shape[1] - 1), z.shape[1]).movedim(-1, 1)
+            return (one - z.softmax(1)) * (y != self.ignore_index).unsqueeze(1)
         if self.family == "Bernoulli":
             return y - z.sigmoid()
         if self.family == "Gaussian":
@@ -933,21 +937,22 @@ class _Recorder:
     def batches(self, loader):
         """The loader's batches; small ones are joined, and large ones cut, where memory asks it."""
         for key, group in itertools.groupby(_batches(loader, self.device), _key):
-            held = None
+            held = []
             for batch in group:
                 size = len(batch[1])
-                if held and len(held[1]) + size > self.limits[key]:
-                    yield held
-                    held = None
+                waiting = sum(len(y) for _, y in held)
+                if waiting and max(waiting, size) + size > self.limits[key]:
+                    yield _joined(held)
+                    held = []
                 start = 0
-                while size - start >= self.limits.get(key, 1):  # 1: to learn how many fit
-                    stop = start + self.limits.get(key, 1)
+                while start < size and 2 * (size - start) > self.limits.get(key, 1):
+                    stop = start + self.limits.get(key, 1)  # 1: to learn how many fit
                     yield _rows(batch, start, stop)
                     start = stop
-                if start < size:
-                    held = _joined(held, _rows(batch, start, size))
+                if start < size:  # a copy: the loader may fill its memory again
+                    held.append(_mapped(_copied, _rows(batch, start, size)))
             if held:
-                yield held
+                yield _joined(held)
 
     def runs(self, x, y, likelihood):
         """The batch in one run; or, where it cannot be taken apart, each example in its own."""
@@ -1008,7 +1013,7 @@ class _Recorder:
         if turn < 2 or turn % 5 == 0:
             for i, z_i in alone.items():
                 self.compare(z_i, v[i : i + 1], run.gradients_of(i), noise)
-        if turn < 2 or turn % 10 == 0 or any(call.numbered for call in run.calls):
+        if turn % 32 == 1 or any(call.numbered for call in run.calls):
             self.compare(z, v, run.summed(), noise)  # sees what few examples lack, as padding
         return run
 
@@ -1016,9 +1021,9 @@ class _Recorder:
         """Raise unless the outputs are finite and those of an example do not depend on others."""
         if not z.requires_grad:
             raise ValueError("model outputs do not depend on any trainable parameter")
-        if z.isnan().any() or (z == math.inf).any():
+        if not z.max() < math.inf:
             raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
-        size = z.detach().abs().where(z.isfinite(), 0).amax(0)
+        size = z.detach().abs().nan_to_num(posinf=0).amax(0)
         floor = size.flatten().sort().values[size.numel() // 4]  # some may be masked by -1e9
         for i, z_i in alone.items():
             if len(z) != len(y) or z[i : i + 1].shape != z_i.shape:
@@ -1324,15 +1329,19 @@ def _rows(batch, start, stop):
     return _mapped(cut, batch)
 
 
-def _joined(held, batch):
-    """One batch of two, copied: the loader may fill its memory again."""
-    if held is None:
-        return _mapped(lambda t: t.clone() if torch.is_tensor(t) else t, batch)
+def _joined(batches):
+    """One batch of several."""
+    sizes = [len(y) for _, y in batches]
 
-    def join(a, b):
-        return torch.cat([a, b]) if torch.is_tensor(b) and len(b) == len(batch[1]) else b
+    def join(*parts):
+        rows = [len(t) if torch.is_tensor(t) and t.dim() else None for t in parts]
+        return torch.cat(parts) if rows == sizes else parts[-1]
 
-    return _mapped(join, held, batch)
+    return _mapped(join, *batches)
+
+
+def _copied(t):
+    return t.clone() if torch.is_tensor(t) else t
 
 
 def _leaves(tree):
