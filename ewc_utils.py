@@ -385,7 +385,7 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
         for x, y in recorder.batches(data_loader):
             for run in recorder.runs(x, y, likelihood):  # the batch, or where need be each example
                 count += likelihood.counted(run.y).sum().item()
-                for v in likelihood.directions(run.z, run.y):  # sum_v v v^T = E_y[s s^T]
+                for v in run.directions:  # sum_v v v^T = E_y[s s^T]
                     run.backward(v)  # g = J^T v at the outputs of every layer
                     for layer in run.linear:  # example n has the gradient g_n a_n^T, and ...
                         layer.g_squared.addcmul_(layer.g, layer.g)
@@ -621,7 +621,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
                     ones = len(factors[name, "A"]) - layer.a.shape[1]
                     a = F.pad(layer.a, (0, ones), value=1.0)[counted]
                     factors[name, "A"] += a.T @ a
-                for v in likelihood.directions(run.z, run.y):
+                for v in run.directions:
                     run.backward(v)
                     for name, layer in layers.items():
                         factors[name, "G"] += layer.g.T @ layer.g
@@ -806,9 +806,9 @@ class _Likelihood:
                 yield variance.sqrt() * one.view_as(z[0])
             return
         # Draw y in C - 1 independent steps, "c or a later class": one direction for each.
-        p = z.softmax(1) * (y != self.ignore_index).unsqueeze(1)
-        p = p.flatten(2).permute(1, 2, 0) if p.dim() > 2 else p.T.unsqueeze(1)
-        p = p.contiguous()  # (classes, positions, examples): whole rows in what follows
+        counted = (y != self.ignore_index).movedim(0, -1)
+        rows = z.movedim(0, -1).contiguous().softmax(0) * counted
+        p = rows.reshape(len(rows), -1, len(z))  # (classes, positions, examples)
         q = p.flip(0).cumsum(0).flip(0).clamp_min(torch.finfo(p.dtype).tiny)  # c or later
         root = (p[:-1] * q[1:] / q[:-1]).sqrt()
         later = -root / q[1:]
@@ -817,7 +817,7 @@ class _Likelihood:
                 v = torch.zeros_like(p)
                 v[c, t] = root[c, t]
                 v[c + 1 :, t] = p[c + 1 :, t] * later[c, t]
-                yield v.permute(2, 0, 1).reshape(z.shape)
+                yield v.view_as(rows).movedim(-1, 0)
 
     def score(self, z, y):
         """d log p(y | z) / d z"""
@@ -967,7 +967,7 @@ class _Recorder:
                 self.slow.add(key)
         for i in range(len(y)):
             z = self.outputs(x, y, i)
-            yield _Alone(z, likelihood.labelled(z, y[i : i + 1]), self.params)
+            yield _Alone(self.params, z, likelihood.labelled(z, y[i : i + 1]), likelihood)
 
     def outputs(self, x, y, i=None):
         """The outputs of all examples, or of example i alone."""
@@ -1002,14 +1002,15 @@ class _Recorder:
         alone = {i: self.outputs(x, y, i) for i in chosen}
         noise = _rounding([z, *(t for call in calls for t in call[-1])])
         self.check_outputs(x, y, z, alone, noise)
-        run = _Batch(self, z, likelihood.labelled(z, y), calls)
+        run = _Batch(self, calls, z, likelihood.labelled(z, y), likelihood)
         if not calls:
             raise _Inseparable("no module uses its parameters in its own forward")
         if key not in self.limits:
             size = self.kept(x, y) + sum(call.held for call in run.calls)
             self.limits[key] = max(1, min(TOGETHER[0], TOGETHER[1] * n // (1 + size)))
-        v = next(likelihood.directions(z, run.y))
+        v = next(run.directions)
         run.backward(v)
+        run.directions = itertools.chain([v], run.directions)
         if turn < 2 or turn % 5 == 0:
             for i, z_i in alone.items():
                 self.compare(z_i, v[i : i + 1], run.gradients_of(i), noise)
@@ -1059,10 +1060,11 @@ class _Alone:
 
     linear = ()
 
-    def __init__(self, z, y, params):
+    def __init__(self, params, z, y, likelihood):
+        self.params = params
         self.z = z
         self.y = y
-        self.params = params
+        self.directions = likelihood.directions(z, y)
 
     def backward(self, v):
         self.found = _gradients(self.z, self.params, v)
@@ -1074,10 +1076,12 @@ class _Alone:
 class _Batch:
     """The run of a batch: the calls of its modules."""
 
-    def __init__(self, recorder, z, y, calls):
+    v = None
+
+    def __init__(self, recorder, calls, z, y, likelihood):
         self.z = z
         self.y = y
-        self.v = None
+        self.directions = likelihood.directions(z, y)
         self.calls = []
         for module, *call in calls:
             kind = _ProductCall if _is_product(module) else _Call
@@ -1092,7 +1096,7 @@ class _Batch:
 
     def backward(self, v):
         """g = J^T v at the outputs of every call."""
-        if self.v is None or not torch.equal(v, self.v):
+        if v is not self.v:
             self.v = v
             edges = [edge for call in self.calls for edge in call.edges]
             found = torch.autograd.grad(self.z, edges, v, retain_graph=True, allow_unused=True)
