@@ -24,7 +24,7 @@ import random
 import socket
 import threading
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -198,13 +198,19 @@ class _Spring:
     rate = None  # lr * lambda of the last one
 
     def __init__(self, name, params, fisher, anchors):
+        self.name = name
         self.params = list(params.values())
         self.param = self.params[0]
-        self.entries = [(f"fisher_dict[{name!r}]", fisher, self.param, 0.0)]
-        self.entries.append((f"optimal_params[{name!r}]", anchors[name], self.param, -math.inf))
-        _check_shapes(self.entries)
+        self.hold(fisher, [anchors[k] for k in params])
+
+    def hold(self, fisher, anchors):
         self.fisher = _wide(fisher)
-        self.anchor = _wide(anchors[name])
+        self.anchor = _wide(anchors[0])
+
+    @staticmethod
+    def entries(name, params, fisher):
+        """What ``_check_entries`` is to know of the Fisher."""
+        return [(f"fisher_dict[{name!r}]", fisher, params[name], 0.0)]
 
     def displacement(self):
         """theta - theta*"""
@@ -240,20 +246,17 @@ class _KroneckerSpring(_Spring):
 
     axes = None
 
-    def __init__(self, name, params, factors, anchors):
-        self.name = name
-        self.params = list(params.values())
-        anchors = {k: anchors[k] for k in params}
-        sizes = sum(p[0].numel() for p in self.params), len(self.params[0])
-        self.entries = [
-            (f"optimal_params[{k!r}]", anchors[k], params[k], -math.inf) for k in params
-        ]
-        for side, factor, size in zip("AG", factors, sizes):
-            square = factor.new_empty(size, size) if torch.is_tensor(factor) else self.params[0]
-            self.entries.append((f"fisher_dict[{name!r}], {side}", factor, square, -math.inf))
-        _check_shapes(self.entries)
-        self.a, self.g = map(_wide, factors)
-        self.anchor = self.joined(anchors.values())
+    def hold(self, fisher, anchors):
+        self.a, self.g = map(_wide, fisher)
+        self.anchor = self.joined(anchors)
+
+    @staticmethod
+    def entries(name, params, fisher):
+        first = next(iter(params.values()))
+        sizes = sum(p[0].numel() for p in params.values()), len(first)
+        squares = [first.new_empty(size, size) for size in sizes]
+        titles = [f"fisher_dict[{name!r}], {side}" for side in "AG"]
+        return [(*entry, -math.inf) for entry in zip(titles, fisher, squares)]
 
     def joined(self, tensors):
         """[weight bias]"""
@@ -310,27 +313,32 @@ def _springs(model, fisher_dict, optimal_params, lambda_ewc):
     if not isinstance(fisher_dict, Mapping) or not isinstance(optimal_params, Mapping):
         raise TypeError("fisher_dict and optimal_params must be dictionaries")
     params = _trainable(model)
-    owned = {name: [name] for name in fisher_dict}
+    springs = []
+    entries = []
+    held = {"fisher_dict": [], "optimal_params": optimal_params}
     for name, fisher in fisher_dict.items():
+        parts = [name]
+        kind = _Spring
         if isinstance(fisher, tuple):
-            owned[name] = [f"{name}.{part}".lstrip(".") for part in ("weight", "bias")]
-    held = {"fisher_dict": sum(owned.values(), []), "optimal_params": optimal_params}
+            parts = [f"{name}.{part}".lstrip(".") for part in ("weight", "bias")]
+            kind = _KroneckerSpring
+        own = {k: params[k] for k in parts if k in params}
+        held["fisher_dict"] += own
+        if own:  # else frozen, or unknown
+            entries += kind.entries(name, own, fisher)
+            springs.append((kind, name, own, fisher))
     for argument, given in (("fisher_dict", fisher_dict), ("optimal_params", optimal_params)):
         if lost := [name for name in params if name not in held[argument]]:
             remedy = "pad a new parameter with zeros, rename the entries, or freeze it"
             raise ValueError(f"{argument} lacks {lost}, it has {[*given]}: {remedy}")
-    springs = []
-    for name, fisher in fisher_dict.items():
-        kind = _KroneckerSpring if isinstance(fisher, tuple) else _Spring
-        own = {k: params[k] for k in owned[name] if k in params}
-        if own:  # else frozen, or unknown
-            springs.append(kind(name, own, fisher, optimal_params))
-    _check_finite_entries([entry for spring in springs for entry in spring.entries])
-    return springs
+    for name, p in params.items():
+        entries.append((f"optimal_params[{name!r}]", optimal_params[name], p, -math.inf))
+    _check_entries(entries)
+    return [kind(*spring, optimal_params) for kind, *spring in springs]
 
 
-def _check_shapes(entries):
-    """Raise unless each (entry, value, like, least) has a tensor, shaped and placed like it."""
+def _check_entries(entries):
+    """Raise unless each (entry, value, like, least) is a tensor like that, finite, >= least."""
     for entry, value, like, _ in entries:
         wanted = f"{tuple(like.shape)} on {like.device}"
         got = f"{tuple(value.shape)} on {value.device}" if torch.is_tensor(value) else repr(value)
@@ -338,14 +346,11 @@ def _check_shapes(entries):
             raise ValueError(f"{entry} must be a tensor {wanted}, got {got}: .to(device)?")
         if value.data_ptr() == like.data_ptr() != 0:
             raise ValueError(f"{entry} is the live parameter: use take_anchor(model)")
-
-
-def _check_finite_entries(entries):
-    """Raise unless all values are finite and at least ``least``, with one wait for the device."""
-    bounds = [b for _, value, *_ in entries if value.numel() for b in value.aminmax()]
-    low_high = iter(torch.stack([b.float().to(bounds[0].device) for b in bounds]).tolist())
-    for entry, value, _, least in entries:
-        low, high = (next(low_high), next(low_high)) if value.numel() else (0, 0)
+    filled = [entry for entry in entries if entry[1].numel()]
+    device = entries[0][1].device
+    bounds = [b.float().to(device) for _, value, *_ in filled for b in value.aminmax()]
+    bounds = torch.stack(bounds).tolist()  # one wait for the device
+    for (entry, *_, least), low, high in zip(filled, bounds[::2], bounds[1::2]):
         if not math.isfinite(high - low) or low < least:
             wanted = "entries must be finite, a Fisher's >= 0"
             raise ValueError(f"{entry} holds {low}..{high}: {wanted}")
@@ -565,10 +570,8 @@ class EWC:
         for name, new in fisher_dict.items():
             at = optimal_params[name].detach().clone()
             was = self.anchor.get(name, at)
-            entries = [(f"fisher_dict[{name!r}]", new, was, 0.0)]
-            entries.append((f"optimal_params[{name!r}]", at, new, -math.inf))
-            _check_shapes(entries)
-            _check_finite_entries(entries)
+            fisher = f"fisher_dict[{name!r}]", new, was, 0.0
+            _check_entries([fisher, (f"optimal_params[{name!r}]", at, new, -math.inf)])
             fishers[name] = self.gamma * self.fisher.get(name, 0 * new) + weight * new.detach()
             anchors[name] = at
             if self.rule == "separate":
@@ -916,7 +919,7 @@ class _Recorder:
         self.thread = threading.get_ident()
         self.calls = None
         self.limits = {}  # how many examples of a kind go together
-        self.turns = {}  # how many batches of a kind there were
+        self.turns = Counter()  # how many batches of a kind there were
         self.slow = set()  # the kinds that go one example at a time
         self.random = random.Random(0)
         kind = self.device.type
@@ -950,7 +953,7 @@ class _Recorder:
                     yield _rows(batch, start, stop)
                     start = stop
                 if start < size:  # a copy: the loader may fill its memory again
-                    held.append(_mapped(_copied, _rows(batch, start, size)))
+                    held.append(_mapped(torch.clone, _rows(batch, start, size)))
             if held:
                 yield _joined(held)
 
@@ -992,8 +995,8 @@ class _Recorder:
     def judged(self, key, x, y, likelihood):
         """The run of a batch, if autograd confirms it. Raises _Inseparable if not."""
         n = len(y)
-        turn = self.turns.get(key, 0)
-        self.turns[key] = turn + 1
+        turn = self.turns[key]
+        self.turns[key] += 1
         self.calls = []
         z = self.outputs(x, y)
         calls = self.calls
@@ -1008,15 +1011,21 @@ class _Recorder:
         if key not in self.limits:
             size = self.kept(x, y) + sum(call.held for call in run.calls)
             self.limits[key] = max(1, min(TOGETHER[0], TOGETHER[1] * n // (1 + size)))
+        self.judge(run, turn, alone, noise)
+        return run
+
+    def judge(self, run, turn, alone, noise):
+        """Compare the first direction's gradients with autograd's. Raises _Inseparable."""
         v = next(run.directions)
         run.backward(v)
         run.directions = itertools.chain([v], run.directions)
         if turn < 2 or turn % 5 == 0:
             for i, z_i in alone.items():
-                self.compare(z_i, v[i : i + 1], run.gradients_of(i), noise)
+                rows = slice(i, i + 1)
+                self.compare(z_i, v[rows], run.summed(rows), noise)
+        # All examples: now and then, and always where a number in x, as padding, may matter.
         if turn % 32 == 1 or any(call.numbered for call in run.calls):
-            self.compare(z, v, run.summed(), noise)  # sees what few examples lack, as padding
-        return run
+            self.compare(run.z, v, run.summed(slice(len(v))), noise)
 
     def check_outputs(self, x, y, z, alone, noise):
         """Raise unless the outputs are finite and those of an example do not depend on others."""
@@ -1026,17 +1035,17 @@ class _Recorder:
             raise ValueError("outputs are not finite: NaN or huge numbers in x or the weights")
         size = z.detach().abs().nan_to_num(posinf=0).amax(0)
         floor = size.flatten().sort().values[size.numel() // 4]  # some may be masked by -1e9
+
+        def differ(a, b):
+            apart = (a - b).abs() > _tolerance(noise) * size + noise * floor
+            return (apart & (a != b)).any()
+
         for i, z_i in alone.items():
             if len(z) != len(y) or z[i : i + 1].shape != z_i.shape:
                 got = f"{tuple(z.shape)} for {len(y)} examples, {tuple(z_i.shape)} for one"
                 raise ValueError(f"outputs must have a row for each example, got {got}")
-
-            def differs(other, z_i=z_i):
-                apart = (other - z_i).abs() > _tolerance(noise) * size + noise * floor
-                return (apart & (other != z_i)).any()
-
-            if differs(z[i : i + 1]):
-                if differs(self.outputs(x, y, i)):
+            if differ(z[i : i + 1], z_i):
+                if differ(self.outputs(x, y, i), z_i):
                     raise ValueError("outputs are random: two passes differ (dropout, noise)")
                 raise ValueError("a batch has other outputs: no example may influence another")
 
@@ -1044,9 +1053,10 @@ class _Recorder:
         """Raise unless the gradients found are autograd's own."""
         wanted = _gradients(z, self.params, v)
         floor = 10 * noise * max((g.norm() for g in wanted.values()), default=0)
+        zero = torch.zeros((), device="cpu")
         for name in self.params.keys() & (wanted.keys() | found.keys()):
-            w = wanted[name] if name in wanted else 0 * found[name]
-            g = found[name] if name in found else 0 * w
+            w = wanted.get(name, zero)
+            g = found.get(name, zero)
             if not (w - g).norm() <= _tolerance(noise) * w.norm() + floor:
                 raise _Inseparable(f"{name!r} has another gradient: used outside of its module?")
 
@@ -1104,31 +1114,27 @@ class _Batch:
                 call.receive(found[: len(call.edges)])
                 found = found[len(call.edges) :]
 
-    def example_gradients(self):
-        """(name, gradients of some examples), for all calls but the linear ones."""
-        for calls in self.groups:
+    def example_gradients(self, rows=slice(None)):
+        """(name, gradients of some of these examples), for all calls but the linear ones."""
+        first, last, _ = rows.indices(len(self.y))
+        for calls in filter(None, self.groups):
             numbers = sum(p.numel() for call in calls for p in call.params.values())
             size = max(1, PRODUCTS // (1 + numbers))
-            for start in range(0, len(self.y) if calls else 0, size):
-                yield from self.added(calls, slice(start, start + size)).items()
+            for start in range(first, last, size):
+                sums = {}  # over the calls
+                for call in calls:
+                    for name, g in call.gradients(slice(start, min(start + size, last))):
+                        _add(sums, name, g)
+                yield from sums.items()
 
-    def added(self, calls, rows):
-        """{name: the gradients of the examples in these rows}: those of all calls add up."""
-        sums = {}
-        for call in calls:
-            for name, g in call.gradients(rows):
-                _add(sums, name, g)
-        return sums
-
-    def gradients_of(self, i):
-        return {name: g[0] for name, g in self.added(self.calls, slice(i, i + 1)).items()}
-
-    def summed(self):
+    def summed(self, rows):
+        """{name: gradient}, the sum over these examples."""
         sums = {}
         for layer in self.linear:
-            product = layer.g.T @ layer.a
-            sums |= {layer.weight: product.view_as(layer.module.weight), layer.bias: layer.g.sum(0)}
-        for name, g in self.example_gradients():
+            g = layer.g[rows]
+            product = (g.T @ layer.a[rows]).view_as(layer.module.weight)
+            sums |= {layer.weight: product, layer.bias: g.sum(0)}
+        for name, g in self.example_gradients(rows):
             _add(sums, name, g.sum(0))
         return sums
 
@@ -1161,27 +1167,28 @@ class _Call:
     def prepare(self, recorder, inputs):
         """Run the module once more, with a copy of its parameters for each example."""
 
-        def alone(copies, inputs):
-            leaves = _leaves(functional_call(self.module, copies, *inputs))
-            return [leaves[i] for i in self.places]
-
         def has_rows(t):
             return torch.is_tensor(t) and t.dim() > 0 and len(t) == self.rows
+
+        def alone(copies, rows):
+            rows = iter(rows)
+            own = _mapped(lambda t: next(rows) if has_rows(t) else t, inputs)
+            leaves = _leaves(functional_call(self.module, copies, *own))
+            return [leaves[i] for i in self.places]
 
         copies = {k: p.detach().expand(self.n, *p.shape) for k, p in self.params.items()}
         self.copies = {k: p.requires_grad_() for k, p in copies.items()}
         self.held = 4 * sum(p.numel() for p in copies.values())
         try:
-            dims = _mapped(lambda t: 0 if has_rows(t) else None, inputs)
-            inputs = _mapped(lambda t: self.split(t) if has_rows(t) else t, inputs)
+            rows = [self.split(t) for t in _leaves(inputs) if has_rows(t)]
             with recorder.autocast():
-                self.outputs = vmap(alone, in_dims=(0, dims))(self.copies, inputs)
+                self.outputs = vmap(alone)(self.copies, rows)
         except Exception as error:  # of many kinds: what vmap cannot do
             raise _Inseparable(f"vmap cannot run {self.title}: {error}") from error
 
     def receive(self, g):
-        pairs = [(z, self.split(t).to(z.dtype)) for z, t in zip(self.outputs, g) if t is not None]
-        z, v = zip(*pairs) if pairs else ((), ())
+        z = [z for z, t in zip(self.outputs, g) if t is not None]
+        v = [self.split(t).to(z.dtype) for z, t in zip(self.outputs, g) if t is not None]
         try:
             self.found = _gradients(z, self.copies, v)
         except RuntimeError as error:  # sparse gradients
@@ -1277,7 +1284,7 @@ def _logits(model, x, n):
         tensors = [t for t in z if torch.is_tensor(t)]
         z = tensors[0] if len(tensors) == 1 else z
     if not torch.is_tensor(z):
-        got = _mapped(lambda t: tuple(t.shape) if torch.is_tensor(t) else t, output)
+        got = _mapped(lambda t: tuple(t.shape), output)
         raise TypeError(f"model must return a tensor, or something with 'logits', got {got!r}")
     # squeeze() at the end of forward drops the batch dimension of a single example.
     return z[None] if n == 1 and (z.dim() == 0 or len(z) != 1) else z
@@ -1301,8 +1308,8 @@ def _batches(loader, device):
     """The batches of a loader as (inputs, targets), checked, on the device."""
 
     def place(t):
-        t = t.to(device) if torch.is_tensor(t) else t
-        return t.clone() if torch.is_tensor(t) and t.is_inference() else t
+        t = t.to(device)
+        return t.clone() if t.is_inference() else t
 
     for batch in loader:
         x = batch
@@ -1328,7 +1335,7 @@ def _rows(batch, start, stop):
     n = len(batch[1])
 
     def cut(t):
-        return t[start:stop] if torch.is_tensor(t) and t.dim() and len(t) == n else t
+        return t[start:stop] if t.dim() and len(t) == n else t
 
     return _mapped(cut, batch)
 
@@ -1338,14 +1345,9 @@ def _joined(batches):
     sizes = [len(y) for _, y in batches]
 
     def join(*parts):
-        rows = [len(t) if torch.is_tensor(t) and t.dim() else None for t in parts]
-        return torch.cat(parts) if rows == sizes else parts[-1]
+        return torch.cat(parts) if [len(t) for t in parts if t.dim()] == sizes else parts[-1]
 
     return _mapped(join, *batches)
-
-
-def _copied(t):
-    return t.clone() if torch.is_tensor(t) else t
 
 
 def _leaves(tree):
@@ -1357,12 +1359,12 @@ def _leaves(tree):
 
 
 def _mapped(function, tree, *others):
-    """The same tuples, lists and dictionaries, with function(leaf, *other leaves) for each leaf."""
+    """The same tuples, lists and dictionaries, with function(tensor, *others) for each tensor."""
     if isinstance(tree, dict):
         return {k: _mapped(function, t, *(other[k] for other in others)) for k, t in tree.items()}
     if type(tree) in (tuple, list):
         return type(tree)(_mapped(function, *leaves) for leaves in zip(tree, *others))
-    return function(tree, *others)
+    return function(tree, *others) if torch.is_tensor(tree) else tree
 
 
 def _key(x):
@@ -1425,10 +1427,11 @@ def _tolerance(noise):
 
 def _gradients(z, inputs, v):
     """{name: J^T v}, in float32 or wider, for the inputs that z depends on."""
-    z, v = (t if isinstance(t, tuple) else (t,) for t in (z, v))
+    z = _leaves(z)
     if not z or not all(map(_has_gradient, z)):
         return {}
-    found = torch.autograd.grad(z, [*inputs.values()], v, retain_graph=True, allow_unused=True)
+    how = {"retain_graph": True, "allow_unused": True}
+    found = torch.autograd.grad(z, [*inputs.values()], _leaves(v), **how)
     return {name: _wide(g.to_dense()) for name, g in zip(inputs, found) if g is not None}
 
 
