@@ -1023,7 +1023,7 @@ class _Recorder:
             for i, z_i in alone.items():
                 rows = slice(i, i + 1)
                 self.compare(z_i, v[rows], run.summed(rows), noise)
-        # All examples: now and then, and always where a number in x, as padding, may matter.
+        # All examples: now and then, and always where x holds numbers such as those of padding.
         if turn % 32 == 1 or any(call.numbered for call in run.calls):
             self.compare(run.z, v, run.summed(slice(len(v))), noise)
 
@@ -1153,9 +1153,8 @@ class _Call:
         self.names = {k: recorder.names[id(p)] for k, p in self.params.items()}
         self.places, self.edges = zip(*edges.items())
         self.rows = len(outputs[0]) if outputs[0].dim() else 0
-        tensors = [t for t in _leaves(inputs) if torch.is_tensor(t)]
-        numbered = any(not t.is_floating_point() for t in tensors)
-        self.numbered = numbered and type(module) is not nn.Embedding
+        numbers = [t for t in _leaves(inputs) if torch.is_tensor(t) and not t.is_floating_point()]
+        self.numbered = bool(numbers) and type(module) is not nn.Embedding
         self.prepare(recorder, inputs)
 
     def split(self, t):
@@ -1333,11 +1332,7 @@ def _batches(loader, device):
 def _rows(batch, start, stop):
     """Examples start to stop of a batch (x, y)."""
     n = len(batch[1])
-
-    def cut(t):
-        return t[start:stop] if t.dim() and len(t) == n else t
-
-    return _mapped(cut, batch)
+    return _mapped(lambda t: t[start:stop] if t.dim() and len(t) == n else t, batch)
 
 
 def _joined(batches):
