@@ -292,6 +292,17 @@ def test_what_happens_to_few_examples_in_the_middle_of_a_batch_is_noticed(name):
     assert reference.error(found, reference.fisher(model, [batch], "empirical")) < 1e-4
 
 
+def test_what_begins_late_and_happens_to_few_examples_is_noticed():
+    """All examples of a batch are compared now and then, not only in the first batches."""
+    torch.manual_seed(0)
+    model, _ = linear(lambda n, x: n.a(x).tanh() + n.a.bias * (x[:, :1] > 9))
+    x = torch.randn(35, 600, 4)
+    x[30:, 300, 0] = 10
+    batches = [(part, torch.arange(600) % 3) for part in x]
+    with pytest.warns(UserWarning, match="'body.a.bias' has another gradient"):
+        compute_fisher_information(model, batches, CE, labels="empirical")
+
+
 def test_batches_may_have_several_lengths_and_types():
     torch.manual_seed(0)
     parts = {"words": nn.Embedding(7, 3, padding_idx=0), "a": nn.Linear(3, 3)}
