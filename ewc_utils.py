@@ -109,7 +109,8 @@ def _read_task(name, root, download=False):
                 raise ValueError("images and labels do not match")
             tensors += [part.data.unsqueeze(1), part.targets]
     except Exception as error:  # torchvision raises many kinds
-        raise ValueError(f"{raw}: {error!r}; delete damaged files") from error
+        reason = "the download failed" if lost else "delete damaged files"
+        raise ValueError(f"{raw}: {reason} ({' '.join(str(error).split())})") from error
     source = {60_000: "full data", 5_000: "bundled sample"}.get(len(tensors[0]), str(root))
     return Task(name, *tensors, [label.split(" - ")[0] for label in maker.classes], source)
 
@@ -648,8 +649,8 @@ def nearest_kronecker_sum(first, second):
 
 # -------- lesson
 
-STYLE = {"fine-tuning": ("#C44E00", "--"), "Adam": ("#D98200", (0, (1, 1))),
-         "L2": ("#8A6D00", "-."), "two numbers": ("#009E73", (0, (7, 2))),
+STYLE = {"fine-tuning": ("#C44E00", "--"), "Adam": ("#A6307E", (0, (1, 1))),
+         "L2": ("#8A6D00", "-."), "two numbers": ("#007F5F", (0, (7, 2))),
          "EWC": ("#0060B0", "-"), "Kronecker EWC": ("#1A1A1A", (0, (5, 1, 1, 1))),
          "joint": ("#6E6E6E", ":")}  # fmt: skip
 FIGURES = {"figure.figsize": (7.5, 3.3), "figure.dpi": 100, "figure.facecolor": "white",
@@ -678,19 +679,43 @@ def side_by_side(function, jobs, label):
         return [run.result() for run in runs]
     finally:
         pool.shutdown(cancel_futures=True)
+        bar.update(HTML(""))
+
+
+def choose(run, grids, label):
+    """Scores run(method, value) for every value of a grid, and the value with the best mean."""
+    jobs = [(method, value) for method, values in grids.items() for value in values]
+    scores = dict(zip(jobs, side_by_side(run, jobs, label)))
+    trials = {m: {v: scores[m, v] for v in values} for m, values in grids.items()}
+    return trials, {m: max(found, key=lambda v: sum(found[v])) for m, found in trials.items()}
+
+
+def alt(fig):
+    """The titles of a figure, as its description for readers who cannot see it."""
+    titles = [fig.get_suptitle(), *(ax.get_title("left") for ax in fig.axes)]
+    return {"image/png": {"alt": ". ".join(filter(None, titles)).replace("\n", " ")}}
+
+
+def show(fig):
+    from IPython.display import display
+    from matplotlib import pyplot as plt
+
+    display(fig, metadata=alt(fig))
+    plt.close(fig)
 
 
 def show_images(images, names, title, rows=1):
     """Images of 28 x 28 pixels in rows, each below its name."""
     from matplotlib import pyplot as plt
 
-    shape, height = (rows, len(images) // rows), 0.3 + 0.9 * rows + 0.15 * names[0].count("\n")
+    shape, height = (rows, len(images) // rows), 0.4 + 0.9 * rows + 0.15 * names[0].count("\n")
     fig, axes = plt.subplots(*shape, figsize=(7.5, height), squeeze=False)
     for ax, image, name in zip(axes.flat, images, names):
         ax.imshow(torch.as_tensor(image).reshape(28, 28).numpy(), cmap="gray_r")
         ax.set_title(name, fontsize=9, loc="center")
         ax.axis("off")
     fig.suptitle(title, x=0.01, ha="left")
+    show(fig)
 
 
 def name_lines(ax, ends):
@@ -705,48 +730,58 @@ def name_lines(ax, ends):
                     color=STYLE[method][0], annotation_clip=False)  # fmt: skip
 
 
-def plot_curves(ax, x, curves, title, *, texts=None, levels=None, **options):
+def plot_curves(ax, every, curves, title, *, ends=None, level=None, **options):
     """For each method the mean over the seeds (rows), and a band from the worst to the best."""
-    ax.set(title=title, xlim=(x[0], x[-1]), **options)
-    for text, y in (levels or {}).items():
-        ax.axhline(y, color="0.6", lw=1, ls=":")
-        ax.annotate(text, (x[-1], y), (0, 7), textcoords="offset points", ha="right", color="0.35")
-    ends = []
+    labels = {"xlabel": "steps on the digits", "ylabel": "accuracy on the clothes (%)"}
+    ax.set(title=title, **(labels | options))
+    names = []
     for method, rows in curves.items():
-        y, (color, line) = torch.as_tensor(rows).numpy(), STYLE[method]
+        y, (color, line) = torch.atleast_2d(torch.as_tensor(rows)).numpy(), STYLE[method]
+        x = range(0, every * y.shape[1], every)
         ax.plot(x, y.mean(0), color=color, ls=line, lw=2)
         ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
-        ends.append((x[-1], y[:, -1].mean(), method, (texts or {}).get(method, method)))
-    name_lines(ax, ends)
+        end = " {:.0f} % (digits {:.0f} %)".format(*ends[method].mean(0)) if ends else ""
+        names.append((x[-1], y[:, -1].mean(), method, method + end))
+    ax.set_xlim(0, x[-1])
+    if level:
+        ax.axhline(level, color="0.6", lw=1, ls=":")
+        ax.annotate("before", (x[-1], level), (0, 5), textcoords="offset points", ha="right")
+    name_lines(ax, names)
 
 
 def plot_tradeoff(ax, trials, chosen, title, **options):
     """Accuracy on A over that on B: a dot per value in the frame's height, large where chosen."""
-    ax.set(title=title, **options)
-    ends = []
+    labels = {f"{axis}label": f"accuracy on the {task}, held out (%)"
+              for axis, task in (("x", "digits"), ("y", "clothes"))}  # fmt: skip
+    ax.set(title=title, **labels, **options)
+    names = []
     for method, found in trials.items():
         color, line = STYLE[method]
         points = {v: (b, a) for v, (a, b) in found.items() if a > ax.get_ylim()[0]}
         ax.plot(*zip(*points.values()), color=color, ls=line, lw=2, marker=".", ms=8)
-        for value, point in points.items():
-            ax.plot(*point, "o", color=color, ms=10 if chosen.get(method) == value else 0)
-            ax.annotate(f"{value:g}", point, (0, 6), "data", "offset points", c=color, ha="center")
-        ends.append((*max(points.values()), method, method))
-    name_lines(ax, ends)
+        last = max(points, key=points.get)
+        names.append((*points[last], method, f"{method} {last:g}"))
+        for v, point in points.items():
+            ax.plot(*point, "o", color=color, ms=10 if chosen[method] == v else 0)
+            text = "" if v == last else f"{v:g}"
+            ax.annotate(text, point, (3, 4), textcoords="offset points", color=color)
+    name_lines(ax, names)
 
 
 def table(header, rows):
-    """Print a Markdown table. A tensor, one value per seed, shows mean ± standard deviation."""
+    """Print rows {name: entries} in Markdown. A tensor over seeds: mean ± standard deviation."""
 
     def shown(v):
         if torch.is_tensor(v) and v.dim():
             return f"{v.mean():.1f} ± {v.std():.1f}"
         return v if isinstance(v, str) else f"{v:.3g}"
 
-    cells = [header, ["---"] * len(header), *([shown(v) for v in row] for row in rows)]
+    cells = [header.split(" | "), *([shown(v) for v in (k, *row)] for k, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
     for row in cells:
         print("|", " | ".join(cell.ljust(width) for cell, width in zip(row, widths)), "|")
+    print()
 
 
 # -------- engine: you need not read on

@@ -1,7 +1,7 @@
 """What the Fisher and the penalty cost, in wall time: python tests/benchmark.py [images]
 
 Run it on an idle machine. Ratios are medians of the ratios within a round. "plain" is a forward and
-backward pass over the same examples in batches of 128. BackPACK takes part if it is installed.
+backward pass over the same examples in batches of 128.
 """
 
 import copy
@@ -19,12 +19,6 @@ import torchvision  # noqa: E402
 from torch import nn  # noqa: E402
 
 import ewc_utils as ewc  # noqa: E402
-
-try:
-    import backpack
-    import backpack.extensions
-except ImportError:
-    backpack = None
 
 CE = nn.CrossEntropyLoss()
 
@@ -79,18 +73,6 @@ def plain(model, x, y):
         torch.autograd.grad(CE(model(a), b), list(model.parameters()))
 
 
-def by_backpack(model, x, y):
-    net = backpack.extend(copy.deepcopy(model))
-    loss = backpack.extend(nn.CrossEntropyLoss(reduction="sum"))
-    totals = [torch.zeros_like(p) for p in net.parameters()]
-    for a, b in zip(x.split(256), y.split(256)):
-        with backpack.backpack(backpack.extensions.DiagGGNExact()):
-            loss(net(a), b).backward()
-        for total, p in zip(totals, net.parameters()):
-            total.add_(p.diag_ggn_exact / len(x))
-            p.grad = None
-
-
 def epoch(model, x, y, make, penalty, how):
     net = copy.deepcopy(model)
     optimizer, loader = make(net.parameters()), ewc.TensorLoader(x, y)
@@ -112,8 +94,6 @@ def time_tables():
         x, y = examples(int(sys.argv[1]) if mlp and len(sys.argv) > 1 else n, name)
         jobs = {"plain": partial(plain, model.eval(), x, y)}
         jobs |= {labels: partial(fisher, model, x, y, labels) for labels in ewc.LABELS}
-        if backpack and (mlp or "conv" in name):
-            jobs["BackPACK"] = partial(by_backpack, model, x, y)
         table(f"{name}, {len(x):,} examples", jobs, rounds=5 if mlp else 3)
     name, (model, _) = next(iter(models().items()))
     x, y = examples(25_600, name)

@@ -57,7 +57,7 @@ def results(tmp_path_factory):
         pytest.skip("this build of torch has no gloo")
     folder = tmp_path_factory.mktemp("processes")
     multiprocessing.spawn(process, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("share", SHARES)
