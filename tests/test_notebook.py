@@ -170,6 +170,16 @@ def test_the_numbers_of_the_caption_are_those_of_the_results():
     assert {int(number) for number in re.findall(r"(\d+) %", caption)} <= known
 
 
+def test_the_plan_for_a_class_names_the_code_cells_of_each_section():
+    counts, title = {}, ""
+    for cell in read(NOTEBOOK).cells:
+        title = ([title] + re.findall(r"^## (.*)$", cell.source, re.M))[-1]
+        if cell.cell_type == "code":
+            counts.setdefault(title, []).append(str(cell.execution_count))
+    for title, *ends in re.findall(r"\*([^*]+)\* \(\D*(\d+) to (\d+)", README):
+        assert ends == [counts[title][0], counts[title][-1]]
+
+
 def test_has_a_readable_length_and_rhythm():
     part_one, part_two = parts()
     kinds = [cell.cell_type for cell in part_one + part_two]
@@ -181,9 +191,6 @@ def test_has_a_readable_length_and_rhythm():
 def test_the_stored_results_come_from_the_full_data():
     outputs = "\n".join(text_of(output) for cell in code_cells(NOTEBOOK) for output in cell.outputs)
     assert "full data" in outputs and "bundled sample" not in outputs
-
-
-# ---------------------------------------------------------------- the lesson's section
 
 
 def test_choose_takes_the_value_with_the_best_mean(monkeypatch):
