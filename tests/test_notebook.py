@@ -176,7 +176,9 @@ def test_the_plan_for_a_class_names_the_code_cells_of_each_section():
         title = ([title] + re.findall(r"^## (.*)$", cell.source, re.M))[-1]
         if cell.cell_type == "code":
             counts.setdefault(title, []).append(str(cell.execution_count))
-    for title, *ends in re.findall(r"\*([^*]+)\* \(\D*(\d+) to (\d+)", README):
+    plan = re.findall(r"\*([^*]+)\* \(\D*(\d+) to (\d+)", README)
+    assert len(plan) == 5
+    for title, *ends in plan:
         assert ends == [counts[title][0], counts[title][-1]]
 
 
