@@ -976,12 +976,14 @@ class _Recorder:
         """The loader's batches; small ones are joined, and large ones cut, where memory asks it."""
         for key, group in itertools.groupby(_batches(loader, self.device), _key):
             held = []
+            waiting = 0  # how many examples are held
             for batch in group:
                 size = len(batch[1])
-                waiting = sum(len(y) for _, y in held)
-                if waiting and max(waiting, size) + size > self.limits[key]:
+                # A batch of more than half the limit goes by itself, without a copy.
+                if held and max(waiting, size) + size > self.limits[key]:
                     yield _joined(held)
                     held = []
+                    waiting = 0
                 start = 0
                 while start < size and 2 * (size - start) > self.limits.get(key, 1):
                     stop = start + self.limits.get(key, 1)  # 1: to learn how many fit
@@ -989,6 +991,7 @@ class _Recorder:
                     start = stop
                 if start < size:  # a copy: the loader may fill its memory again
                     held.append(_mapped(torch.clone, _rows(batch, start, size)))
+                    waiting += size - start
             if held:
                 yield _joined(held)
 
