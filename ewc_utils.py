@@ -697,6 +697,7 @@ def alt(fig):
 
 
 def show(fig):
+    """Show a figure, with its description, once."""
     from IPython.display import display
     from matplotlib import pyplot as plt
 
@@ -751,9 +752,8 @@ def plot_curves(ax, every, curves, title, *, ends=None, level=None, **options):
 
 def plot_tradeoff(ax, trials, chosen, title, **options):
     """Accuracy on A over that on B: a dot per value in the frame's height, large where chosen."""
-    labels = {f"{axis}label": f"accuracy on the {task}, held out (%)"
-              for axis, task in (("x", "digits"), ("y", "clothes"))}  # fmt: skip
-    ax.set(title=title, **labels, **options)
+    ax.set(title=title, xlabel="accuracy on the digits, held out (%)",
+           ylabel="accuracy on the clothes, held out (%)", **options)  # fmt: skip
     names = []
     for method, found in trials.items():
         color, line = STYLE[method]
@@ -763,8 +763,8 @@ def plot_tradeoff(ax, trials, chosen, title, **options):
         names.append((*points[last], method, f"{method} {last:g}"))
         for v, point in points.items():
             ax.plot(*point, "o", color=color, ms=10 if chosen[method] == v else 0)
-            text = "" if v == last else f"{v:g}"
-            ax.annotate(text, point, (3, 4), textcoords="offset points", color=color)
+            if v != last:
+                ax.annotate(f"{v:g}", point, (3, 4), textcoords="offset points", color=color)
     name_lines(ax, names)
 
 
