@@ -26,6 +26,7 @@ import threading
 import warnings
 from collections import Counter, namedtuple
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -230,16 +231,17 @@ class _Spring:
     @torch.no_grad()
     def proximal_step(self):
         """theta <- theta* + (theta - theta*) / (1 + r), with r = F times the waiting lr * lambda"""
-        self.param.addcmul_(self.share(self.fisher), self.displacement(), value=-1)
+        theta = _wide(self.param)
+        self.param.copy_(torch.lerp(self.anchor, theta, self.share(self.fisher), out=theta))
 
     def share(self, stiffness):
-        """r / (1 + r), the share of the displacement that a proximal step takes back."""
+        """1 / (1 + r), the share of the displacement that a proximal step leaves."""
         if self.waiting != self.rate:
             self.rate = self.waiting
-            r = (stiffness * min(self.rate, 1e30)).clamp_(max=1e30)  # no infinity times 0
-            self.taken = r.div_(1 + r)
+            r = stiffness * min(self.rate, 1e30)  # no infinity times 0
+            self.left = r.add_(1).reciprocal_()
         self.waiting = 0.0
-        return self.taken
+        return self.left
 
 
 class _KroneckerSpring(_Spring):
@@ -285,7 +287,7 @@ class _KroneckerSpring(_Spring):
             self.axes = left.to(self.g), right.to(self.a)
             self.stiffness = torch.outer(g, a).clamp_min(0).to(self.a)
         left, right = self.axes
-        taken = self.share(self.stiffness) * _between(left.T, self.displacement(), right)
+        taken = (1 - self.share(self.stiffness)) * _between(left.T, self.displacement(), right)
         self.add(self.params, _between(left, taken, right.T), -1)
 
     def add(self, targets, pull, factor):
@@ -345,7 +347,7 @@ def _check_entries(entries):
         got = f"{tuple(value.shape)} on {value.device}" if torch.is_tensor(value) else repr(value)
         if got != wanted:
             raise ValueError(f"{entry} must be a tensor {wanted}, got {got}: .to(device)?")
-        if value.data_ptr() == like.data_ptr() != 0:
+        if value.numel() and value.data_ptr() == like.data_ptr():
             raise ValueError(f"{entry} is the live parameter: use take_anchor(model)")
     filled = [entry for entry in entries if entry[1].numel()]
     device = entries[0][1].device
@@ -599,7 +601,7 @@ def compute_kronecker_fisher(model, data_loader, criterion, *, labels="exact", s
     F of a layer = G (x) A: A = mean_n a a^T over its inputs a, a 1 appended for a trainable bias,
     and G = mean_n E_y[g g^T] over the gradients g of its outputs. Exact for one example. Every
     trainable parameter must belong to an nn.Linear layer used once with one input an example.
-    Returns {layer: (A, G)} for ``train_with_ewc``, best with penalty="implicit", every=8. The
+    Returns {layer: (A, G)} for ``train_with_ewc``, with penalty="implicit" and every=8, say. The
     penalty is lambda_ewc / 2 tr(G D A D^T), D = [weight bias] - anchor (Ritter et al. 2018, eq. 9).
     """
     likelihood = _Likelihood(criterion, labels, seed)
@@ -653,66 +655,57 @@ STYLE = {"fine-tuning": ("#C44E00", "--"), "Adam": ("#A6307E", (0, (1, 1))),
          "L2": ("#8A6D00", "-."), "two numbers": ("#007F5F", (0, (7, 2))),
          "EWC": ("#0060B0", "-"), "Kronecker EWC": ("#1A1A1A", (0, (5, 1, 1, 1))),
          "joint": ("#6E6E6E", ":")}  # fmt: skip
-FIGURES = {"figure.figsize": (7.5, 3.3), "figure.dpi": 100, "figure.facecolor": "white",
-           "figure.constrained_layout.use": True, "axes.spines.top": False, "font.size": 9,
-           "axes.spines.right": False, "axes.titlelocation": "left"}  # fmt: skip
+FIGURES = {"figure.figsize": (7.5, 3.3), "figure.constrained_layout.use": True, "font.size": 9,
+           "axes.spines.top": False, "axes.spines.right": False,
+           "axes.titlelocation": "left"}  # fmt: skip
 
 
-def split(task, held_out):
-    """Three pairs (x, y) of a task: to train on, held out from training, to test on."""
-    x, y = task.train_x, task.train_y
-    return (x[held_out:], y[held_out:]), (x[:held_out], y[:held_out]), (task.test_x, task.test_y)
-
-
-def side_by_side(function, jobs, label):
-    """[function(*job) for job in jobs], as many at once as there are cores, with a progress bar."""
-    from concurrent.futures import ThreadPoolExecutor, as_completed
-
+def side_by_side(function, jobs):
+    """[function(*job) for job in jobs]: one thread a job, a job a core, and a progress bar."""
     from IPython.display import HTML, display
 
     bar = display(HTML(""), display_id=True)
-    pool = ThreadPoolExecutor(os.cpu_count())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = []
     try:
-        runs = [pool.submit(function, *job) for job in jobs]
-        for done, _ in enumerate(as_completed(runs), 1):
-            bar.update(HTML(f"<progress value={done} max={len(jobs)}></progress> {label}"))
-        return [run.result() for run in runs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for result in pool.map(function, *zip(*jobs)):
+                results.append(result)
+                bar.update(HTML(f"<progress value={len(results)} max={len(jobs)}></progress>"))
+        return results
     finally:
-        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
         bar.update(HTML(""))
 
 
-def choose(run, grids, label):
+def choose(run, grids):
     """Scores run(method, value) for every value of a grid, and the value with the best mean."""
     jobs = [(method, value) for method, values in grids.items() for value in values]
-    scores = dict(zip(jobs, side_by_side(run, jobs, label)))
+    scores = dict(zip(jobs, side_by_side(run, jobs)))
     trials = {m: {v: scores[m, v] for v in values} for m, values in grids.items()}
     return trials, {m: max(found, key=lambda v: sum(found[v])) for m, found in trials.items()}
 
 
-def alt(fig):
-    """The titles of a figure, as its description for readers who cannot see it."""
-    titles = [fig.get_suptitle(), *(ax.get_title("left") for ax in fig.axes)]
-    return {"image/png": {"alt": ". ".join(filter(None, titles)).replace("\n", " ")}}
-
-
-def show(fig):
-    """Show a figure, with its description, once."""
+def show(fig, **how):
+    """Show a figure once, described by its titles for readers who cannot see it."""
     from IPython.display import display
     from matplotlib import pyplot as plt
 
-    display(fig, metadata=alt(fig))
     plt.close(fig)
+    titles = [fig.get_suptitle(), *(ax.get_title("left") for ax in fig.axes)]
+    text = ". ".join(filter(None, titles)).replace("\n", " ")
+    return display(fig, metadata={"image/png": {"alt": text}}, **how)
 
 
 def show_images(images, names, title, rows=1):
     """Images of 28 x 28 pixels in rows, each below its name."""
     from matplotlib import pyplot as plt
 
-    shape, height = (rows, len(images) // rows), 0.4 + 0.9 * rows + 0.15 * names[0].count("\n")
-    fig, axes = plt.subplots(*shape, figsize=(7.5, height), squeeze=False)
+    size = 7.5, 0.4 + 0.9 * rows + 0.15 * names[0].count("\n")
+    fig, axes = plt.subplots(rows, len(images) // rows, figsize=size, squeeze=False)
     for ax, image, name in zip(axes.flat, images, names):
-        ax.imshow(torch.as_tensor(image).reshape(28, 28).numpy(), cmap="gray_r")
+        ax.imshow(image.reshape(28, 28), cmap="gray_r")
         ax.set_title(name, fontsize=9, loc="center")
         ax.axis("off")
     fig.suptitle(title, x=0.01, ha="left")
@@ -720,24 +713,22 @@ def show_images(images, names, title, rows=1):
 
 
 def name_lines(ax, ends):
-    """For each (x, y, method, text) the text beside that point, apart from the others."""
-    ends, (low, high) = sorted(ends, key=lambda end: end[1]), ax.get_ylim()
-    gap, at = 0.15 * (high - low) / ax.figure.get_figheight(), [end[1] for end in ends]
-    for i in 200 * [*range(len(ends) - 1)]:
-        short = max(0, gap - at[i + 1] + at[i]) / 2
-        at[i : i + 2] = at[i] - short, at[i + 1] + short
-    for (x, _, method, text), y in zip(ends, at):
-        ax.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center",
-                    color=STYLE[method][0], annotation_clip=False)  # fmt: skip
+    """Beside each (x, y, method, text) the text, moved up where two would overlap."""
+    y, top = ax.get_ylim()
+    gap = 0.15 * (top - y) / ax.figure.get_figheight()
+    for x, end, method, text in sorted(ends, key=lambda end: end[1]):
+        y = max(end, y + gap)
+        ax.text(x, y, f"  {text}", color=STYLE[method][0], va="center")
 
 
 def plot_curves(ax, every, curves, title, *, ends=None, level=None, **options):
     """For each method the mean over the seeds (rows), and a band from the worst to the best."""
     labels = {"xlabel": "steps on the digits", "ylabel": "accuracy on the clothes (%)"}
-    ax.set(title=title, **(labels | options))
+    ax.set(title=title, **labels | options)
     names = []
     for method, rows in curves.items():
-        y, (color, line) = torch.atleast_2d(torch.as_tensor(rows)).numpy(), STYLE[method]
+        color, line = STYLE[method]
+        y = torch.atleast_2d(torch.as_tensor(rows)).numpy()
         x = range(0, every * y.shape[1], every)
         ax.plot(x, y.mean(0), color=color, ls=line, lw=2)
         ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.15, lw=0)
@@ -746,7 +737,7 @@ def plot_curves(ax, every, curves, title, *, ends=None, level=None, **options):
     ax.set_xlim(0, x[-1])
     if level:
         ax.axhline(level, color="0.6", lw=1, ls=":")
-        ax.annotate("before", (x[-1], level), (0, 5), textcoords="offset points", ha="right")
+        ax.text(x[-1], level, "before", ha="right", va="bottom")
     name_lines(ax, names)
 
 
@@ -758,13 +749,11 @@ def plot_tradeoff(ax, trials, chosen, title, **options):
     for method, found in trials.items():
         color, line = STYLE[method]
         points = {v: (b, a) for v, (a, b) in found.items() if a > ax.get_ylim()[0]}
-        ax.plot(*zip(*points.values()), color=color, ls=line, lw=2, marker=".", ms=8)
-        last = max(points, key=points.get)
-        names.append((*points[last], method, f"{method} {last:g}"))
+        ax.plot(*zip(*points.values()), color=color, ls=line, lw=2)
         for v, point in points.items():
-            ax.plot(*point, "o", color=color, ms=10 if chosen[method] == v else 0)
-            if v != last:
-                ax.annotate(f"{v:g}", point, (3, 4), textcoords="offset points", color=color)
+            ax.plot(*point, "o", color=color, ms=10 if chosen[method] == v else 4)
+            ax.annotate(f"{v:g}", point, (-6, 7), textcoords="offset points", color=color)
+        names.append((*max(points.values()), method, method))
     name_lines(ax, names)
 
 
@@ -773,7 +762,7 @@ def table(header, rows):
 
     def shown(v):
         if torch.is_tensor(v) and v.dim():
-            return f"{v.mean():.1f} ± {v.std():.1f}"
+            v = f"{v.mean():.1f} ± {v.std():.1f}"
         return v if isinstance(v, str) else f"{v:.3g}"
 
     cells = [header.split(" | "), *([shown(v) for v in (k, *row)] for k, row in rows.items())]
