@@ -12,7 +12,7 @@ lambda  ``lambda_ewc``. By Bayes' rule N_A / N_B, the numbers of examples. Where
         also where the Fisher is a mean over a part of it.
 
 The file follows the story: data, model, penalty, Fisher, training, many tasks, Kronecker factors,
-lesson. The last section, the engine, is for those who want to know how it is done for any module.
+lesson. The rest, the engine, is for those who want to know how it is done for any module.
 """
 
 import contextlib
