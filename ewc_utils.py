@@ -410,6 +410,8 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 
 def _sum_of_squares(gradients):
     """sum_n gradients[n]^2, in the order in which the numbers lie in memory."""
+    if len(gradients) == 1:
+        return gradients[0].square()
     order = sorted(range(1, gradients.dim()), key=gradients.stride, reverse=True)
     squares = gradients.permute(0, *order).square().sum(0)
     return squares.permute([order.index(d) for d in range(1, gradients.dim())])
@@ -778,7 +780,7 @@ def table(header, rows):
 # How the gradient of each example is found for any module, how it is checked, and what is put back.
 
 TOGETHER = 1024, 2**24  # the most examples in one pass, and the bytes that may be kept for them
-PRODUCTS = 2**20  # numbers in the gradients of some examples
+PRODUCTS = 2**22  # numbers in the gradients of some examples
 
 FAMILIES = {
     "categorical": (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss),
