@@ -410,8 +410,6 @@ def compute_fisher_information(model, data_loader, criterion, *, labels="exact",
 
 def _sum_of_squares(gradients):
     """sum_n gradients[n]^2, in the order in which the numbers lie in memory."""
-    if len(gradients) == 1:
-        return gradients[0].square()
     order = sorted(range(1, gradients.dim()), key=gradients.stride, reverse=True)
     squares = gradients.permute(0, *order).square().sum(0)
     return squares.permute([order.index(d) for d in range(1, gradients.dim())])
